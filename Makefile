@@ -1,0 +1,64 @@
+# Everything here needs only `python3` (3.11 to 3.13) and `make`; the rest is installed into .venv,
+# pinned by requirements/.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PYTEST_WORKERS ?= 2
+TAG := $(shell $(PYTHON) -c "import sys; print('py%d.%d' % sys.version_info[:2])")
+CONSTRAINTS ?= requirements/constraints-$(TAG).txt
+STAMP = $(VENV)/.installed-dev
+
+.PHONY: help demo test test-slow test-matrix bench bench-gpu docs lint types floors doctest examples reference clean
+
+help:
+	@echo "make demo | test | test-slow | test-matrix | lint | types | docs | bench | bench-gpu | clean"
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/tangents demo $(DEMO_ARGS)
+
+$(VENV)/.installed-demo: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[demo]"
+	@touch $@
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow" -n $(PYTEST_WORKERS) tests
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow -n $(PYTEST_WORKERS) tests
+
+test-matrix:
+	bash tests/matrix.sh
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(STAMP)
+	$(BIN)/basedpyright
+
+doctest: $(STAMP)
+	$(BIN)/python -m pytest --doctest-modules src/tangents
+	$(BIN)/python -m pytest docs README.md -p no:cacheprovider
+
+examples: $(STAMP)
+	set -e; for f in examples/*.py; do echo "== $$f"; $(BIN)/python $$f; done
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
+
+bench: $(STAMP)
+	bash benchmarks/peer/setup
+	$(BIN)/python -m benchmarks
+
+bench-gpu:
+	$(PYTHON) -m benchmarks --gpu
+
+clean:
+	rm -rf $(VENV) .venv-* site tangents-demo .pytest_cache .hypothesis .ruff_cache

@@ -1,0 +1,1 @@
+"""Ground floor: axes, trees, precision, memory, errors. Knows no other room."""

@@ -1,0 +1,1 @@
+"""Finite networks: the NTK operator, kernel functions, linearisation."""

@@ -1,0 +1,1 @@
+"""From kernels to answers: solvers, predictions, uncertainty, spectra."""

@@ -1,0 +1,1 @@
+"""Infinitely wide networks: network graph, layers, dual activations, planner."""

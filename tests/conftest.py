@@ -1,0 +1,31 @@
+"""Precision of a test run: TANGENTS_TEST_X64=1 (default) or 0; promotion is strict in both."""
+
+import os
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+
+X64 = os.environ.get("TANGENTS_TEST_X64", "1") == "1"
+jax.config.update("jax_enable_x64", X64)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+settings.register_profile(
+    "tangents",
+    deadline=None,
+    max_examples=int(os.environ.get("TANGENTS_TEST_EXAMPLES", "20")),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    derandomize=True,
+)
+settings.load_profile("tangents")
+
+
+@pytest.fixture
+def rtol() -> float:
+    """Bound for a fast path against the slow reference in the precision of this run."""
+    return 1e-10 if X64 else 2e-4
+
+
+@pytest.fixture
+def x64() -> bool:
+    return X64
