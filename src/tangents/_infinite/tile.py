@@ -1,0 +1,203 @@
+"""What a rule sees: a tile of covariances, the signals around it, and its context.
+
+A *signal* describes an activation (shape, axes, is it Gaussian); it is static. A *tile* holds the
+covariances of pairs of examples. A *context* holds what a rule may ask about the pairs: the
+variances of both sides, masks, patterns, and which pairs are one example in one draw.
+
+Arrays start with the pair axes: two of them, `(n1, n2)`, when all pairs of two batches are
+computed, one, `(n,)`, when only the pairs (a, a) are. Then follow the spatial axes in the layout of
+the tile: `FULL` is `(H, H, W, W, ...)`, every position of x1 against every position of x2 (the two
+copies of an axis stand together, x1's first); `DIAGONAL` is `(H, W, ...)`, equal positions only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Layout(enum.IntEnum):
+    """Which pairs of spatial positions an array holds. Ordered: more comes later."""
+
+    NONE = 0
+    DIAGONAL = 1
+    FULL = 2
+
+
+class Need(NamedTuple):
+    """What is needed of the arrays on one edge of the graph: layout of the tile and of the sides."""
+
+    tile: Layout
+    side: Layout
+
+    def join(self, other: Need) -> Need:
+        """The least need that serves both."""
+        return Need(max(self.tile, other.tile), max(self.side, other.side))
+
+
+class Tile(NamedTuple):
+    """Covariances of pairs of examples.
+
+    cov12: second moments E[y(x1) y(x2)] over random weights (the NNGP kernel).
+    ntk: the tangent kernel; `None` where it was not asked for (always in a side pass), and a
+      zero of no axes before the first trainable layer.
+    gap12: sqrt(var1 var2) - cov12, carried where near-parallel inputs would lose digits; `None`
+      where it is not carried. A rule that cannot carry it returns `None`.
+    """
+
+    cov12: Any
+    ntk: Any = None
+    gap12: Any = None
+
+    def linear(self, fn: Callable[[Any], Any], gap: bool = False) -> Tile:
+        """Apply a linear map to cov12 and to the ntk; to the gap only if it passes through."""
+        ntk = self.ntk if self.ntk is None or self.ntk.ndim == 0 else fn(self.ntk)
+        carried = fn(self.gap12) if gap and self.gap12 is not None else None
+        return Tile(fn(self.cov12), ntk, carried)
+
+
+@dataclasses.dataclass(frozen=True)
+class Signal:
+    """A static description of one activation: shape, axes (non-negative), Gaussian or not."""
+
+    shape: tuple[int, ...]
+    batch_axis: int = 0
+    channel_axis: int = -1
+    is_gaussian: bool = False
+
+    def __post_init__(self):
+        ndim = len(self.shape)
+        object.__setattr__(self, "shape", tuple(self.shape))
+        object.__setattr__(self, "batch_axis", self.batch_axis % ndim)
+        object.__setattr__(self, "channel_axis", self.channel_axis % ndim)
+
+    def replace(self, **changes) -> Signal:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def spatial_axes(self) -> tuple[int, ...]:
+        """The axes that are neither batch nor channel, in order."""
+        return tuple(
+            i for i in range(len(self.shape)) if i not in (self.batch_axis, self.channel_axis)
+        )
+
+    @property
+    def spatial(self) -> tuple[int, ...]:
+        """Sizes of the spatial axes."""
+        return tuple(self.shape[i] for i in self.spatial_axes)
+
+    @property
+    def batch(self) -> int:
+        return self.shape[self.batch_axis]
+
+    @property
+    def width(self) -> int:
+        """Number of channels."""
+        return self.shape[self.channel_axis]
+
+
+def spatial_diagonal(a: jax.Array, n_batch: int) -> jax.Array:
+    """`(pairs, H, H, W, W)` to `(pairs, H, W)`."""
+    for i in range((a.ndim - n_batch) // 2):
+        a = jnp.moveaxis(jnp.diagonal(a, axis1=n_batch + i, axis2=n_batch + i + 1), -1, n_batch + i)
+    return a
+
+
+def embed_diagonal(a: jax.Array, n_batch: int) -> jax.Array:
+    """`(pairs, H, W)` to `(pairs, H, H, W, W)`, zero where positions differ."""
+    for i in range(a.ndim - n_batch):
+        axis = n_batch + 2 * i
+        size = a.shape[axis]
+        eye = jnp.eye(size, dtype=bool).reshape((size, size) + (1,) * (a.ndim - axis - 1))
+        a = jnp.where(eye, jnp.expand_dims(a, axis), jnp.zeros((), a.dtype))
+    return a
+
+
+def pair_positions(
+    a1: jax.Array, a2: jax.Array, layout: Layout, all_pairs: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Bring `(n1, H, W)` and `(n2, H, W)` to shapes that broadcast to a tile of pairs."""
+    if layout == Layout.FULL:
+        n_spatial = a1.ndim - 1
+        a1 = jnp.expand_dims(a1, tuple(2 + 2 * i for i in range(n_spatial)))
+        a2 = jnp.expand_dims(a2, tuple(1 + 2 * i for i in range(n_spatial)))
+    if all_pairs:
+        a1, a2 = a1[:, None], a2[None]
+    return a1, a2
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a rule may ask about the pairs of its tile. Everything but arrays is static.
+
+    in1, in2, out1, out2: signals before and after the node, of x1 and of x2.
+    layout: layout of the tile that comes in (and, unless the rule changes it, goes out).
+    all_pairs: `True`: two pair axes `(n1, n2)`; `False`: one, the pairs (a, a).
+    side1, side2: covariances of the pairs (a, a) of each side before this node, in `side_layout`;
+      with two pair axes if `side_pairs`. `None` where no node needs them.
+    mask1, mask2: boolean, `(n, H, W)`, `True` = masked position; or `None`.
+    pattern1, pattern2: graph patterns of `Aggregate`, or `None`.
+    same: boolean array over the pair axes, `True` where the pair is one example in one draw
+      (`None`: no such pair).
+    need: what the nodes after this one need; a rule may return more than `need.tile`.
+    """
+
+    in1: Any
+    in2: Any
+    out1: Any
+    out2: Any
+    layout: Any
+    all_pairs: bool
+    side1: Any = None
+    side2: Any = None
+    side_layout: Any = Layout.NONE
+    side_pairs: bool = False
+    mask1: Any = None
+    mask2: Any = None
+    pattern1: Any = None
+    pattern2: Any = None
+    same: Any = None
+    need: Need = Need(Layout.FULL, Layout.FULL)
+
+    @property
+    def n_batch(self) -> int:
+        """Number of pair axes."""
+        return 2 if self.all_pairs else 1
+
+    def variance(self, side: int) -> jax.Array:
+        """Second moments of one example at one position, `(n, H, W)`; side is 1 or 2."""
+        a = self.side1 if side == 1 else self.side2
+        if self.side_pairs:
+            a = jnp.moveaxis(jnp.diagonal(a, axis1=0, axis2=1), -1, 0)
+        return spatial_diagonal(a, 1) if self.side_layout == Layout.FULL else a
+
+    @property
+    def variances(self) -> tuple[jax.Array, jax.Array]:
+        """`(var1, var2)`, broadcastable to `tile.cov12`."""
+        return self.pair(self.variance(1), self.variance(2))
+
+    def pair(self, a1: jax.Array, a2: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Bring `(n1, H, W)` and `(n2, H, W)` to shapes that broadcast to the tile."""
+        return pair_positions(a1, a2, self.layout, self.all_pairs)
+
+
+def position_mask(mask: jax.Array | None, signal: Signal) -> jax.Array | None:
+    """A mask that broadcasts to `signal.shape` as `(n, H, W)`: positions masked in all channels."""
+    if mask is None:
+        return None
+    sizes = [1 if i == signal.channel_axis else s for i, s in enumerate(signal.shape)]
+    mask = jnp.all(mask, axis=signal.channel_axis, keepdims=True)
+    mask = jnp.broadcast_to(mask, sizes)
+    order = (signal.batch_axis, *signal.spatial_axes, signal.channel_axis)
+    return jnp.squeeze(jnp.transpose(mask, order), -1)
+
+
+def check_axis_set(axes: Sequence[int], ndim: int) -> tuple[int, ...]:
+    """Axes modulo `ndim`, as a tuple."""
+    return tuple(a % ndim for a in axes)
