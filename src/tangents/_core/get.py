@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-Get: TypeAlias = None | str | Sequence[str]
+Get: TypeAlias = str | Sequence[str] | None
 
 
 def canonical_get(get: Get) -> str | tuple[str, ...] | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import random, tree_util
@@ -26,13 +27,18 @@ def split_kwargs(
     """Keyword arguments for x1 and for x2."""
     kwargs1, kwargs2 = {}, {}
     for name, value in kwargs.items():
-        if isinstance(value, tuple) and len(value) == 2:
+        if is_pair(value):
             kwargs1[name], kwargs2[name] = value
         elif name == "rng" and value is not None:
             kwargs1[name], kwargs2[name] = value, _second_key(value, x1, x2)
         else:
             kwargs1[name] = kwargs2[name] = value
     return kwargs1, kwargs2
+
+
+def is_pair(value: Any) -> bool:
+    """Whether a keyword argument has one entry for each input."""
+    return isinstance(value, tuple) and len(value) == 2
 
 
 def same_inputs(x1: PyTree, x2: PyTree | None) -> bool | Array:
@@ -63,7 +69,7 @@ def _close(a: Any, b: Any) -> Any:
     return a == b
 
 
-def _second_key(key: Array, x1: PyTree, x2: PyTree | None) -> Array:
+def _second_key(key: Any, x1: PyTree, x2: PyTree | None) -> Any:
     same = same_inputs(x1, x2)
     if isinstance(same, bool):
         return key if same else random.fold_in(key, 1)

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -53,7 +53,7 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def free_bytes(device: jax.Device | None = None) -> int:
+def free_bytes(device: Any = None) -> int:
     """Bytes that `device` (default: JAX's first) has free, as far as it tells."""
     device = jax.local_devices()[0] if device is None else device
     stats = device.memory_stats() if device.platform != "cpu" else None

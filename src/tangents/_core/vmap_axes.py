@@ -54,7 +54,9 @@ class VMapSpec:
 
         return one
 
-    def map_examples(self, one: Callable, x: PyTree, kwargs: dict[str, Any], out_axes=0) -> Any:
+    def map_examples(
+        self, one: Callable, x: PyTree, kwargs: dict[str, Any], out_axes: Any = 0
+    ) -> Any:
         """`one(x_i, kwargs_i)` for every example, stacked on `out_axes`."""
         unmapped = lambda axis: None if axis < 0 else axis
         static = {k: v for k, v in kwargs.items() if k not in self.kwargs_axes}

@@ -13,7 +13,7 @@ from jax import lax, tree_util
 from tangents._core import precision as precision_policy
 from tangents._core import vmap_axes as vmapping
 from tangents._core.axes import PairAxes
-from tangents._core.kwargs import split_kwargs
+from tangents._core.kwargs import is_pair, split_kwargs
 from tangents._core.trees import Partition
 from tangents._core.typing import ApplyFn, Array, Axes, PyTree, VMapAxes
 from tangents._core.vmap_axes import VMapSpec
@@ -80,8 +80,7 @@ def make_problem(
         raise ValueError(f"{caller}: x1 is None; only x2 may be, and then it stands for x1.")
     kwargs1, kwargs2 = split_kwargs(kwargs, x1, x2)
     # Pairs make the two sides different functions of the same x: a Jacobian each.
-    pairs = any(isinstance(v, tuple) and len(v) == 2 for v in kwargs.values())
-    symmetric = x2 is None and not pairs
+    symmetric = x2 is None and not any(is_pair(value) for value in kwargs.values())
     partition = Partition(params)
     if not partition.leaves:
         raise ValueError(
