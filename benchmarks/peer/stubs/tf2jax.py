@@ -1,0 +1,1 @@
+"""Stands in for tf2jax, which neural-tangents imports and uses in its TensorFlow functions only."""
