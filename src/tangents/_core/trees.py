@@ -22,15 +22,15 @@ from tangents._core.typing import Array, PyTree
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is numeric data: an array, a tracer, or a Python/NumPy number."""
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | float | complex) and not (
-        isinstance(leaf, np.ndarray) and leaf.dtype == object
-    )
+    """Whether a leaf is an array of data: of JAX (tracers and keys too) or of NumPy."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic) and leaf.dtype.kind not in "OUS"
 
 
 def is_differentiable(leaf: Any) -> bool:
-    """Whether a leaf is floating point or complex."""
-    return is_array(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    """Whether a leaf is floating point or complex: an array or a Python number."""
+    if not is_array(leaf) and not isinstance(leaf, float | complex):
+        return False
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 class Partition:

@@ -13,7 +13,7 @@ from tangents._core.axes import PairAxes
 from tangents._core.precision import PrecisionLike, accumulator
 from tangents._core.typing import ApplyFn, Array, Axes, PyTree, VMapAxes
 from tangents._finite.implementation import NtkImplementation
-from tangents._finite.methods import get_method
+from tangents._finite.methods import Method, get_method
 from tangents._finite.problem import Problem, make_problem
 
 EmpiricalKernelFn = Callable[..., PyTree]
@@ -91,14 +91,14 @@ def empirical_ntk_fn(
             precision=precision,
             caller=caller,
         )
-        return problem.result(compute(problem, method, trace_axes, diagonal_axes))
+        axes = problem.pair_axes(trace_axes, diagonal_axes)
+        return problem.result(compute(problem, method, axes))
 
     return ntk_fn
 
 
-def compute(problem: Problem, method: Any, trace_axes: Axes, diagonal_axes: Axes) -> list[Array]:
+def compute(problem: Problem, method: Method, axes: list[PairAxes]) -> list[Array]:
     """Kernels of each output leaf by a method; symmetric ones are made so to the last bit."""
-    axes = problem.pair_axes(trace_axes, diagonal_axes)
     outputs = list(zip(problem.side1.outputs, problem.side2.outputs, axes, strict=True))
     if all(0 in a.shape + b.shape for a, b, _ in outputs):
         # An empty batch is no error: an empty kernel of the right shape.
