@@ -56,7 +56,7 @@ import jax
 import jax.numpy as jnp
 
 from tangents._infinite.masking import zero_fill
-from tangents._infinite.tile import Context, Layout, Need, Signal, Tile
+from tangents._infinite.tile import Context, Layout, Need
 
 Shape = tuple[int, ...]
 _N = TypeVar("_N", bound=type)
@@ -68,7 +68,7 @@ def hyper(default: Any = dataclasses.MISSING) -> Any:
 
 
 def node(cls: _N) -> _N:
-    """Make a class a node: a frozen dataclass and a pytree with the `hyper()` fields as children."""
+    """Make a class a node: a frozen dataclass and a pytree, `hyper()` fields its children."""
     cls = dataclasses.dataclass(frozen=True, eq=False, repr=True)(cls)
     fields = dataclasses.fields(cls)
     dynamic = tuple(f.name for f in fields if f.metadata.get("hyper"))
@@ -160,12 +160,19 @@ class Node:
         """Covariances after the layer from those before it."""
         raise NotImplementedError(f"the infinite-width limit of {self.name} is not there yet")
 
-    def out_layout(self, layout: Layout) -> Layout:
-        """Layout of the rule's result for the layout that comes in."""
+    def out_layout(self, layout: Layout, wanted: Layout) -> Layout:
+        """Layout of the rule's result, for the layout that comes in and the one that is wanted."""
         return layout
 
-    def out_examples(self, index: jax.Array) -> jax.Array:
-        """Names of the output's examples from those of the input's (see `Context.same`)."""
+    def input_axes(self) -> Any:
+        """`(batch_axis, channel_axis)` this node reads its input by; `None` = it does not care.
+
+        A channel axis of `None` says that channels mean nothing: the input is flattened.
+        """
+        return None
+
+    def out_examples(self, index: Any) -> Any:
+        """Numbers of the output's examples from those of the input's (see `Context.same`)."""
         return index
 
     def children(self) -> tuple[Node, ...]:
@@ -209,6 +216,7 @@ class Serial(Node):
     """Layers one after another; parameters are a list."""
 
     nodes: tuple[Node, ...] = hyper(())
+    start: int = 0  # place of the first layer, for messages: a segment of a network knows its own
     name = "serial"
 
     def children(self):
@@ -216,7 +224,7 @@ class Serial(Node):
 
     def places(self) -> Iterator[tuple[str, Node]]:
         """`(place, node)` for error messages and `explain`."""
-        for i, child in enumerate(self.nodes):
+        for i, child in enumerate(self.nodes, self.start):
             yield f"layer {i} ({child.name})", child
 
     def out_shape(self, shape):
@@ -396,3 +404,18 @@ class Repeat(Node):
         for _ in range(min(self.n, 3)):  # layouts only grow, and there are three of them
             need = join_needs(need).join(join_needs(self.node.needs(need)))
         return need
+
+
+def first_axes(node: Node) -> Any:
+    """`input_axes` of a graph: those of the first node that cares, a list for parallel inputs."""
+    if isinstance(node, Serial):
+        for child in node.nodes:
+            axes = first_axes(child)
+            if axes is not None and not (isinstance(axes, list) and all(a is None for a in axes)):
+                return axes
+        return None
+    if isinstance(node, Parallel):
+        return [first_axes(child) for child in node.nodes]
+    if isinstance(node, Repeat):
+        return first_axes(node.node) if node.n else None
+    return node.input_axes()

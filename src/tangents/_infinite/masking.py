@@ -68,7 +68,7 @@ def is_masked_array(x: Any) -> bool:
 
 
 def read_mask(x: Any, mask_constant: float | None) -> Any:
-    """Entries of `x` that equal the mask constant (which may be nan), as a boolean array or None."""
+    """Entries of `x` that equal the mask constant (which may be nan), boolean; or None."""
     if isinstance(x, MaskedArray):
         return x.mask
     if mask_constant is None:
@@ -78,7 +78,7 @@ def read_mask(x: Any, mask_constant: float | None) -> Any:
 
 
 def split_masks(x: Any, mask_constant: float | None) -> tuple[Any, Any]:
-    """`(values, masks)` of a tree of arrays or MaskedArrays; masks have the tree's list structure."""
+    """`(values, masks)` of a tree of arrays or MaskedArrays; masks are lists like the tree's."""
     if isinstance(x, (list, tuple)) and not is_masked_array(x):
         pairs = [split_masks(u, mask_constant) for u in x]
         return type(x)(v for v, _ in pairs), [m for _, m in pairs]

@@ -30,7 +30,7 @@ class Layout(enum.IntEnum):
 
 
 class Need(NamedTuple):
-    """What is needed of the arrays on one edge of the graph: layout of the tile and of the sides."""
+    """What is needed on one edge of the graph: layout of the tile and of the sides."""
 
     tile: Layout
     side: Layout
@@ -145,7 +145,8 @@ class Context:
     pattern1, pattern2: graph patterns of `Aggregate`, or `None`.
     same: boolean array over the pair axes, `True` where the pair is one example in one draw
       (`None`: no such pair).
-    need: what the nodes after this one need; a rule may return more than `need.tile`.
+    need: the `Need` of the nodes after this one; a rule may return more than `need.tile`.
+    channel_masks: masks differ between channels (a rule that counts positions refuses them).
     """
 
     in1: Any
@@ -163,7 +164,8 @@ class Context:
     pattern1: Any = None
     pattern2: Any = None
     same: Any = None
-    need: Need = Need(Layout.FULL, Layout.FULL)
+    need: Any = None
+    channel_masks: bool = False
 
     @property
     def n_batch(self) -> int:

@@ -1,0 +1,259 @@
+"""A layer: the triple `(init_fn, apply_fn, kernel_fn)` around a node of the network graph.
+
+`init_fn, apply_fn, kernel_fn = layer` unpacks, `layer[2]` indexes, and every combinator takes
+layers and plain triples alike. `kernel_fn` is a callable that owns its graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tangents._core.get import Get, canonical_get, select
+from tangents._core.kwargs import same_inputs
+from tangents._infinite.graph import Node, any_node
+from tangents._infinite.inputs import check_inputs, collapse_mask
+from tangents._infinite.kernel import Kernel, from_state, to_state
+from tangents._infinite.masking import join_masks, split_masks
+from tangents._infinite.planner import (
+    Plan,
+    cast_hyperparameters,
+    check_batch_axes,
+    compute,
+    make_plan,
+)
+
+
+class Layer(tuple):
+    """A layer of a network: `init_fn, apply_fn, kernel_fn = layer`.
+
+    - `init_fn(rng, input_shape) -> (output_shape, params)`; `input_shape` may be a (nested) list
+      of shapes, and -1 stands for an unknown batch size.
+    - `apply_fn(params, inputs, rng=None, mask_constant=None, pattern=None, **kwargs) -> outputs`.
+    - `kernel_fn(x1, x2=None, get=None, ...)`: see `KernelFn`.
+
+    `layer.node` is its node in the network graph.
+    """
+
+    node: Node
+
+    def __new__(cls, node: Node) -> Layer:
+        """Make the triple of a node."""
+        init_fn, apply_fn = make_init_fn(node), make_apply_fn(node)
+        self = super().__new__(cls, (init_fn, apply_fn, KernelFn(node)))
+        self.node = node
+        return self
+
+    def __getnewargs__(self):
+        return (self.node,)
+
+    def __repr__(self):
+        return f"Layer({self.node.name})"
+
+
+def canonical_shape(shape: Any) -> Any:
+    """Tuples of ints at the leaves; lists and tuples of shapes stay what they are."""
+    if all(not isinstance(s, (list, tuple)) for s in shape):
+        return tuple(shape)
+    return type(shape)(canonical_shape(s) for s in shape)
+
+
+def make_init_fn(node: Node) -> Callable[..., Any]:
+    """`init_fn(rng, input_shape) -> (output_shape, params)` of a node."""
+
+    def init_fn(rng: jax.Array, input_shape: Any) -> tuple[Any, Any]:
+        return node.init(rng, canonical_shape(input_shape))
+
+    init_fn.node = node  # pyright: ignore[reportFunctionMemberAccess]
+    init_fn.__qualname__ = f"{node.name}.init_fn"
+    return init_fn
+
+
+def _like_input(node: Node, x: Any) -> Node:
+    """Array hyperparameters in the type of the input, so that strict promotion is no error."""
+    leaves = jax.tree.leaves(x)
+    floating = [u.dtype for u in leaves if jnp.issubdtype(jnp.result_type(u), jnp.floating)]
+    if not floating:
+        return node
+
+    def cast(h):
+        is_array = hasattr(h, "dtype") and jnp.issubdtype(h.dtype, jnp.floating)
+        return jnp.asarray(h).astype(floating[0]) if is_array and h.dtype != floating[0] else h
+
+    return jax.tree.map(cast, node)
+
+
+def make_apply_fn(node: Node) -> Callable[..., Any]:
+    """`apply_fn(params, inputs, ...)` of a node."""
+
+    def apply_fn(
+        params: Any,
+        inputs: Any,
+        rng: jax.Array | None = None,
+        mask_constant: float | None = None,
+        pattern: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        x, mask = split_masks(inputs, mask_constant)
+        y, mask = _like_input(node, x).forward(params, x, mask, rng=rng, pattern=pattern, **kwargs)
+        return join_masks(y, mask)
+
+    apply_fn.node = node  # pyright: ignore[reportFunctionMemberAccess]
+    apply_fn.__qualname__ = f"{node.name}.apply_fn"
+    return apply_fn
+
+
+class KernelFn:
+    """`kernel_fn(x1, x2=None, get=None, ...)`: kernels of a network of infinite width.
+
+    Args:
+      x1: inputs, an array (N1, ...) of at least two axes, a (nested) list of them where the network
+        takes several inputs, or a `Kernel` to continue from.
+      x2: inputs (N2, ...); `None` is x1.
+      get: which kernels: `None` for a whole `Kernel`, a name ('ntk', 'nngp', 'cov1', ...: any
+        field of `Kernel`) for one array, a tuple of names for a named tuple of arrays. The tangent
+        kernel is computed only if it is asked for.
+      pattern: pair of graph patterns, of x1 and of x2 (see `stax.Aggregate`).
+      mask_constant: inputs of this value (may be nan) are missing.
+      diagonal_batch: `False` keeps covariances of all pairs of examples within x1 and within x2.
+      diagonal_spatial: `True`: of outputs with spatial axes only equal positions are computed.
+        Where the network itself needs no more than that (it ends in `Flatten`, say), no more is
+        computed anyway.
+      memory: bytes (or text such as '2GiB') that the computation may use; default half of what is
+        free. Examples are split into tiles to stay within it.
+      **kwargs: handed to user-written layers.
+
+    Returns:
+      What `get` says; a list of such where the network has several outputs.
+
+    Inputs are converted to the canonical floating-point type. Works under `jit`, `vmap`, `grad`,
+    in inputs and hyperparameters. Where two inputs are equal, kernels of ReLU-like networks have a
+    cusp; the gradient there is the symmetric subgradient.
+
+    >>> import jax.numpy as jnp
+    >>> from tangents import stax
+    >>> _, _, kernel_fn = stax.serial(stax.Dense(8), stax.Erf(), stax.Dense(1))
+    >>> kernel_fn(jnp.eye(3), None, "ntk").shape
+    (3, 3)
+    """
+
+    def __init__(self, node: Node):
+        """Own the graph of `node`."""
+        self.node = node
+        self.__name__ = f"kernel_fn of {node.name}"
+
+    def __repr__(self):
+        return f"<kernel_fn of {self.node.name}>"
+
+    def __call__(
+        self,
+        x1: Any,
+        x2: Any = None,
+        get: Get = None,
+        *,
+        pattern: Any = None,
+        mask_constant: float | None = None,
+        diagonal_batch: bool | None = None,
+        diagonal_spatial: bool | None = None,
+        memory: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        names = canonical_get(get)
+        asked = (names,) if isinstance(names, str) else names
+        want_ntk = asked is None or "ntk" in asked
+        want_sides = asked is None or "cov1" in asked or "cov2" in asked
+        for name in asked or ():
+            if name not in Kernel.__dataclass_fields__:
+                raise KeyError(f"kernel_fn: get={get!r}: a Kernel has no field {name!r}")
+        if is_kernel(x1):
+            if x2 is not None:
+                raise ValueError("kernel_fn: x2 must be None where x1 is a Kernel")
+            result = self._from_kernel(x1, want_ntk, want_sides, pattern, diagonal_spatial, kwargs)
+        else:
+            x1 = check_inputs(x1, "x1")
+            x2 = None if x2 is None else check_inputs(x2, "x2")
+            plan = make_plan(self.node, x1, want_ntk, want_sides, diagonal_batch, diagonal_spatial)
+            result = self._from_inputs(plan, x1, x2, pattern, mask_constant, memory, kwargs)
+        return choose(result, names)
+
+    def _from_kernel(self, kernel, want_ntk, want_sides, pattern, diagonal_spatial, kwargs):
+        from tangents._infinite.execute import run_segments
+        from tangents._infinite.graph import join_needs
+
+        node = cast_hyperparameters(self.node)
+        leaf = kernel
+        while isinstance(leaf, (list, tuple)):
+            leaf = leaf[0]
+        diagonal = leaf.diagonal_spatial if diagonal_spatial is None else diagonal_spatial
+        plan = make_plan(node, kernel, want_ntk, want_sides, leaf.diagonal_batch, None)
+        layout = _layout(diagonal and join_needs(plan.input_need).tile is not None)
+        need = plan.need._replace(tile=layout, side=layout if want_sides else plan.need.side)
+        patterns = _pattern_pair(pattern)
+        extra = dict(kwargs) if pattern is None else {**kwargs, "pattern": pattern}
+        state = run_segments(node, to_state(kernel), need, patterns, extra)
+        return from_state(state, leaf.x1_is_x2, want_ntk)
+
+    def _from_inputs(self, plan: Plan, x1, x2, pattern, mask_constant, memory, kwargs):
+        check_batch_axes(plan)
+        patterns = _pattern_pair(pattern)
+        x1_is_x2 = jnp.asarray(same_inputs(x1, x2))
+        (x1, mask1), (x2v, mask2) = split_masks(x1, mask_constant), (x2, None)
+        if x2 is None and patterns[0] is not patterns[1]:
+            x2 = x1 if mask_constant is None else jax.tree.map(lambda x: x, x1)
+            x2v, mask2 = x1, mask1
+        elif x2 is not None:
+            x2v, mask2 = split_masks(x2, mask_constant)
+        mask1, mask2 = _collapse(mask1, plan.axes), _collapse(mask2, plan.axes)
+        index = (None, None)
+        if any_node(self.node, lambda n: n.stochastic):
+            index = tuple(jnp.arange(n) for n in _batch_sizes(plan, x1, x1 if x2v is None else x2v))
+        extra = dict(kwargs) if pattern is None else {**kwargs, "pattern": pattern}
+        node = cast_hyperparameters(self.node)
+        state = compute(node, plan, x1, x2v, mask1, mask2, x1_is_x2, index, patterns, extra)
+        return from_state(state, x1_is_x2, plan.want_ntk)
+
+
+def _layout(diagonal: bool):
+    from tangents._infinite.tile import Layout
+
+    return Layout.DIAGONAL if diagonal else Layout.FULL
+
+
+def is_kernel(x: Any) -> bool:
+    """Is the input a Kernel or a tree of them?"""
+    if isinstance(x, (list, tuple)) and x:
+        return all(is_kernel(u) for u in x)
+    return isinstance(x, Kernel)
+
+
+def choose(result: Any, names: Any) -> Any:
+    """What `get` asks of a Kernel, or of each of a list of them."""
+    if isinstance(result, (list, tuple)):
+        return [choose(r, names) for r in result]
+    return result if names is None else select("AnalyticKernel", names, result.asdict())
+
+
+def _pattern_pair(pattern: Any) -> tuple[Any, Any]:
+    if pattern is None:
+        return (None, None)
+    if not isinstance(pattern, (list, tuple)) or len(pattern) != 2:
+        raise ValueError(
+            "kernel_fn: pattern must be a pair (pattern of x1, pattern of x2), also with x2=None"
+        )
+    return tuple(pattern)
+
+
+def _collapse(mask: Any, axes: Any) -> Any:
+    if isinstance(mask, list):
+        return [_collapse(m, a) for m, a in zip(mask, axes, strict=True)]
+    return mask if mask is None or not isinstance(axes[1], int) else collapse_mask(mask, axes[1])
+
+
+def _batch_sizes(plan: Plan, x1: Any, x2: Any) -> tuple[int, int]:
+    axes = plan.axes
+    while isinstance(x1, list):
+        x1, x2, axes = x1[0], x2[0], axes[0]
+    return x1.shape[axes[0]], x2.shape[axes[0]]

@@ -1,0 +1,163 @@
+"""The planner: what is computed, in which layout, in how many pieces.
+
+It reads the graph and the request. Layouts are decided edge by edge from the output backwards
+(`Node.needs`): a network that flattens its images needs only equal positions anywhere before, one
+that pools them needs all pairs. The plan is static: it is a key of the compiled program, while
+hyperparameters are its arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tangents._infinite.execute import freeze, run, run_segments, thaw
+from tangents._infinite.graph import Node, any_node, first_axes, join_needs
+from tangents._infinite.inputs import input_state, warn_batch_axis
+from tangents._infinite.tile import Layout, Need
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One way to compute a request; hashable.
+
+    need: at the output. input_need, axes: at each input (trees like the inputs').
+    side_pairs: are all pairs within a side kept. want_ntk: is the tangent kernel computed.
+    """
+
+    need: Need
+    input_need: Any
+    axes: Any
+    side_pairs: bool
+    want_ntk: bool
+
+
+def _tree_like(x: Any, value: Any, join) -> Any:
+    """Bring per-input values to the structure of the inputs."""
+    if isinstance(x, (list, tuple)):
+        each = value if isinstance(value, list) else [value] * len(x)
+        if len(each) != len(x):
+            raise ValueError(
+                f"the network starts with {len(each)} parallel layers, and got {len(x)} inputs: "
+                "give a list of one input for each, or put a FanOut before them"
+            )
+        return [_tree_like(u, v, join) for u, v in zip(x, each, strict=True)]
+    return join(value) if isinstance(value, list) else value
+
+
+def _join_axes(axes: Any) -> Any:
+    leaves = [a for a in jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple)) if a]
+    if len(set(leaves)) > 1:
+        warnings.warn(
+            f"Parallel layers read their input by different (batch, channel) axes: {leaves}. "
+            "The first are taken.",
+            stacklevel=4,
+        )
+    return leaves[0] if leaves else None
+
+
+def _default_axes(axes: Any) -> Any:
+    if isinstance(axes, list):
+        return [_default_axes(a) for a in axes]
+    return (0, -1) if axes is None else axes
+
+
+def make_plan(
+    node: Node,
+    x: Any,
+    want_ntk: bool,
+    want_sides: bool,
+    diagonal_batch: bool | None,
+    diagonal_spatial: bool | None,
+) -> Plan:
+    """The plan of a request; `x` gives the structure of the inputs (arrays or Kernels)."""
+    layout = Layout.DIAGONAL if diagonal_spatial else Layout.FULL
+    need = Need(layout, layout if want_sides else Layout.NONE)
+    needs = _tree_like(x, node.needs(need), join_needs)
+    if diagonal_spatial and join_needs(needs).tile == Layout.FULL:
+        raise ValueError(
+            "Asked to compute `diagonal_spatial=True`, but a layer of this network needs the "
+            "covariance of all pairs of positions: pass diagonal_spatial=None or False."
+        )
+    side_pairs = any_node(node, lambda n: n.needs_side_pairs)
+    if side_pairs and diagonal_batch:
+        raise ValueError(
+            "Asked to compute `diagonal_batch=True`, but a layer of this network mixes examples "
+            "and needs the covariance of all pairs of them: pass diagonal_batch=None or False."
+        )
+    side_pairs = side_pairs or diagonal_batch is False
+    axes = _default_axes(_tree_like(x, first_axes(node), _join_axes))
+    return Plan(need, freeze(needs), _freeze_axes(axes), side_pairs, want_ntk)
+
+
+def _freeze_axes(axes: Any) -> Any:
+    return _AxesList(_freeze_axes(a) for a in axes) if isinstance(axes, list) else axes
+
+
+class _AxesList(tuple):
+    """Axes of several inputs, hashable."""
+
+
+def input_states(plan: Plan, x1, x2, mask1, mask2, x1_is_x2, index) -> Any:
+    """States at the inputs, a list where the inputs are one."""
+
+    def build(x1, x2, m1, m2, axes, need):
+        if isinstance(x1, list):
+            n = len(x1)
+            x2 = [None] * n if x2 is None else x2
+            m1 = [None] * n if m1 is None else m1
+            m2 = [None] * n if m2 is None else m2
+            need = need if isinstance(need, list) else [need] * n
+            return [build(*args) for args in zip(x1, x2, m1, m2, axes, need, strict=True)]
+        return input_state(
+            x1, x2, m1, m2, axes, need, x1_is_x2, plan.want_ntk, plan.side_pairs, index
+        )
+
+    return build(x1, x2, mask1, mask2, plan.axes, thaw(plan.input_need))
+
+
+@functools.partial(jax.jit, static_argnames=("plan",))
+def _whole(node, x1, x2, mask1, mask2, x1_is_x2, index, patterns, plan):
+    states = input_states(plan, x1, x2, mask1, mask2, x1_is_x2, index)
+    return run(node, states, plan.need, patterns, {})
+
+
+def compute(
+    node: Node, plan: Plan, x1, x2, mask1, mask2, x1_is_x2, index, patterns, kwargs: dict[str, Any]
+) -> Any:
+    """The state at the output of a network: one compiled program, or one for each segment."""
+    from tangents._infinite.execute import is_cut
+
+    if not any_node(node, is_cut):
+        return _whole(node, x1, x2, mask1, mask2, x1_is_x2, index, patterns, plan)
+    states = input_states(plan, x1, x2, mask1, mask2, x1_is_x2, index)
+    return run_segments(node, states, plan.need, patterns, kwargs)
+
+
+def cast_hyperparameters(node: Node) -> Node:
+    """Floating-point array hyperparameters in the canonical type (strict promotion is no error)."""
+    dtype = jnp.zeros(()).dtype
+
+    def cast(h):
+        is_array = hasattr(h, "dtype") and jnp.issubdtype(h.dtype, jnp.floating)
+        return jnp.asarray(h).astype(dtype) if is_array and h.dtype != dtype else h
+
+    return jax.tree.map(cast, node)
+
+
+def check_batch_axes(plan: Plan) -> None:
+    """Warn where a batch axis is not in front."""
+
+    def check(axes):
+        if isinstance(axes, _AxesList):
+            for a in axes:
+                check(a)
+        else:
+            warn_batch_axis(axes[0])
+
+    check(plan.axes)
