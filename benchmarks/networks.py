@@ -28,7 +28,9 @@ class Draw:
 
 
 def dense(w, x):
-    return x @ w / math.sqrt(w.shape[0])
+    # The scale stands before the product: on JAX 0.4.25, CPU, float32, jit(x @ w / c + b) computes
+    # (x @ w + b) / c from about 64×512 on (its fusion of the bias into oneDNN's product).
+    return (x / math.sqrt(w.shape[0])) @ w
 
 
 def mlp(width=512, depth=3, inputs=784, outputs=10, dtype=np.float32):
