@@ -12,7 +12,11 @@ from typing import TypeAlias
 from tangents._core.axes import PairAxes
 from tangents._core.typing import Array
 from tangents._finite.implementation import NtkImplementation
-from tangents._finite.methods import jacobian_contraction, ntk_vector_products
+from tangents._finite.methods import (
+    jacobian_contraction,
+    ntk_vector_products,
+    structured_derivatives,
+)
 from tangents._finite.problem import Problem
 
 Method: TypeAlias = Callable[[Problem, list[PairAxes]], list[Array]]
@@ -21,6 +25,7 @@ Method: TypeAlias = Callable[[Problem, list[PairAxes]], list[Array]]
 REGISTRY: dict[NtkImplementation, Method] = {
     NtkImplementation.JACOBIAN_CONTRACTION: jacobian_contraction.kernels,
     NtkImplementation.NTK_VECTOR_PRODUCTS: ntk_vector_products.kernels,
+    NtkImplementation.STRUCTURED_DERIVATIVES: structured_derivatives.kernels,
 }
 
 

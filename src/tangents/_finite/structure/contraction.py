@@ -1,0 +1,235 @@
+"""Kernels from factors: the derivative of each use is kept as activation and cotangent.
+
+A pair of uses of one weight adds
+
+    Σ_w (Σ_p A₁[n,w,p] G₁[n,s,w,p]) (Σ_p′ A₂[m,w,p′] G₂[m,s′,w,p′])
+
+with n, m examples and s, s′ seeds (outputs). Either the inner sums are taken first (*outer*: the
+gradients of every example are made, and multiplied), or the sums over labels of the weight that
+only one factor has (*gram*: products of activations and of cotangents, at each pair of positions).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from tangents._core import precision
+from tangents._core.typing import Array
+from tangents._finite.structure.analysis import Root, Use
+from tangents._finite.structure.views import contiguous, disjoint
+
+# Labels beside those of the uses, which are shifted below them.
+EXAMPLE1, EXAMPLE2, TRACED, KEPT, OUTPUT1, OUTPUT2 = range(6)
+SEEDS1, SEEDS2 = (TRACED, KEPT, OUTPUT1), (TRACED, KEPT, OUTPUT2)
+FIRST = 6
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How examples and seeds of both sides meet in a kernel."""
+
+    mapped: bool
+    """Whether arrays have an axis of examples in front."""
+    same_examples: bool
+    """Whether only pairs of one example are wanted."""
+    sum_examples: bool
+    """Whether these are summed."""
+    precision: lax.Precision
+
+    @property
+    def examples1(self) -> tuple[int, ...]:
+        return (EXAMPLE1,) if self.mapped else ()
+
+    @property
+    def examples2(self) -> tuple[int, ...]:
+        return (EXAMPLE1 if self.same_examples else EXAMPLE2,) if self.mapped else ()
+
+    @property
+    def result(self) -> tuple[int, ...]:
+        """Labels of a kernel: examples, kept seeds, then pairs of outputs."""
+        if not self.mapped or self.sum_examples:
+            examples = ()
+        else:
+            examples = (EXAMPLE1,) if self.same_examples else (EXAMPLE1, EXAMPLE2)
+        return (*examples, KEPT, OUTPUT1, OUTPUT2)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The two factors of a use on one side, axes labelled."""
+
+    use: Use
+    activation: Array | None
+    """(examples, labels of the use's activation)."""
+    cotangent: Array
+    """(examples, traced, kept, output, labels of the use's cotangent)."""
+
+
+def factors(use: Use, kept: Array | None, cotangent: Array, mapped: bool) -> Factors:
+    """From what the passes returned to arrays with labelled axes."""
+    lead = (1 if mapped else 0) + use.loops
+    activation = kept
+    if kept is not None and use.factored.expand is not None:
+        activation = over_leading(use.factored.expand, kept, lead)
+    if use.factored.prepare is not None:
+        cotangent = over_leading(use.factored.prepare, cotangent, lead + 3)
+    return Factors(use, activation, cotangent)
+
+
+def over_leading(function, array: Array, count: int) -> Array:
+    """`function` applied to each entry of the first `count` axes."""
+    for _ in range(count):
+        function = jax.vmap(function)
+    return function(array)
+
+
+def contract(
+    operands: Sequence[tuple[Array, Sequence[int]]], result: Sequence[int], how: lax.Precision
+) -> Array:
+    """A sum of products over labels, accumulated in at least float32."""
+    dtype = operands[0][0].dtype
+    for array, _ in operands[1:]:
+        dtype = jnp.promote_types(dtype, array.dtype)
+    dtype = precision.accumulator(dtype)
+    arguments: list = []
+    for array, labels in operands:
+        arguments += [array.astype(dtype), list(labels)]
+    return jnp.einsum(*arguments, list(result), precision=how, preferred_element_type=dtype)
+
+
+def gradient(f: Factors, layout: Layout) -> Array:
+    """Per-example gradient in the use's weight labels: (examples, traced, kept, output, labels)."""
+    examples = (EXAMPLE1,) if layout.mapped else ()
+    use = f.use
+    result = (*examples, *SEEDS1, *(FIRST + _code(use, label) for label, _, _ in use.weight))
+    operands = [(f.cotangent, (*examples, *SEEDS1, *_codes(use, use.cotangent)))]
+    if f.activation is not None:
+        assert use.activation is not None
+        operands.insert(0, (f.activation, (*examples, *_codes(use, use.activation))))
+    return contract(operands, result, layout.precision)
+
+
+def _code(use: Use, label: int) -> int:
+    """Labels of a use as non-negative integers: loops (negative) come first."""
+    return label + use.loops
+
+
+def _codes(use: Use, labels: Sequence[int]) -> tuple[int, ...]:
+    return tuple(FIRST + _code(use, label) for label in labels)
+
+
+def to_root(gradient: Array, use: Use, root: Root) -> Array:
+    """A gradient in a use's labels as one in all entries of its root, flattened."""
+    lead = gradient.ndim - len(use.weight)
+    order = sorted(range(len(use.weight)), key=lambda k: -use.weight[k][2])
+    gradient = jnp.transpose(gradient, (*range(lead), *(lead + k for k in order)))
+    sizes = [use.weight[k][1] for k in order]
+    strides = [use.weight[k][2] for k in order]
+    flat = gradient.reshape(*gradient.shape[:lead], math.prod(sizes))
+    total = math.prod(root.shape)
+    if math.prod(sizes) == total and use.offset == 0 and tuple(strides) == contiguous(sizes):
+        return flat
+    index = np.full(sizes, use.offset)
+    for k, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
+        along = [1] * len(sizes)
+        along[k] = size
+        index = index + (np.arange(size) * stride).reshape(along)
+    zeros = jnp.zeros((*flat.shape[:lead], total), flat.dtype)
+    return zeros.at[..., index.reshape(-1)].add(flat)
+
+
+def multiply(first: Array, second: Array, layout: Layout) -> Array:
+    """Σ_w J₁ J₂ of gradients with one flat weight axis."""
+    return contract(
+        [
+            (first, (*layout.examples1, *SEEDS1, FIRST)),
+            (second, (*layout.examples2, *SEEDS2, FIRST)),
+        ],
+        layout.result,
+        layout.precision,
+    )
+
+
+def matched(first: Use, second: Use) -> dict[int, int] | None:
+    """Labels of `second` that are the same axis of the weight as labels of `first`.
+
+    None if the two do not use the same entries along the same axes.
+    """
+    if first.offset != second.offset or len(first.weight) != len(second.weight):
+        return None
+    axes = {(size, stride): label for label, size, stride in first.weight}
+    if len(axes) < len(first.weight):
+        return None
+    if set(axes) != {(size, stride) for _, size, stride in second.weight}:
+        return None
+    return {label: axes[size, stride] for label, size, stride in second.weight}
+
+
+def apart(first: Use, second: Use, root: Root) -> bool:
+    """Whether two uses surely touch different entries of their root."""
+    return disjoint(root.shape, first.entries, second.entries)
+
+
+@dataclass(frozen=True)
+class PairLabels:
+    """The four factors of a pair of uses, labelled: A₁, G₁, A₂, G₂."""
+
+    activation1: tuple[int, ...]
+    cotangent1: tuple[int, ...]
+    activation2: tuple[int, ...]
+    cotangent2: tuple[int, ...]
+    sizes: dict[int, int]
+
+
+def label_pair(first: Use, second: Use, match: dict[int, int], layout: Layout) -> PairLabels:
+    """One label for each axis of the weight, two for each position."""
+    fresh = itertools.count(FIRST)
+    names1 = {label: next(fresh) for label in first.sizes}
+    names2 = {
+        label: names1[match[label]] if label in match else next(fresh) for label in second.sizes
+    }
+    sizes = {names1[k]: n for k, n in first.sizes.items()}
+    sizes |= {names2[k]: n for k, n in second.sizes.items()}
+    return PairLabels(
+        (*layout.examples1, *(names1[k] for k in first.activation or ())),
+        (*layout.examples1, *SEEDS1, *(names1[k] for k in first.cotangent)),
+        (*layout.examples2, *(names2[k] for k in second.activation or ())),
+        (*layout.examples2, *SEEDS2, *(names2[k] for k in second.cotangent)),
+        sizes,
+    )
+
+
+def gram(first: Factors, second: Factors, match: dict[int, int], layout: Layout) -> Array:
+    """The term of a pair of uses by products of activations and of cotangents."""
+    labels = label_pair(first.use, second.use, match, layout)
+    activations = [
+        (array, names)
+        for array, names in (
+            (first.activation, labels.activation1),
+            (second.activation, labels.activation2),
+        )
+        if array is not None
+    ]
+    cotangents = [(first.cotangent, labels.cotangent1), (second.cotangent, labels.cotangent2)]
+    in_activations = {k for _, names in activations for k in names}
+    in_cotangents = {*labels.cotangent1, *labels.cotangent2}
+    needed = lambda mine, others: tuple(
+        dict.fromkeys(k for names in mine for k in names if k in others or k in layout.result)
+    )
+    outer_cotangents = needed([names for _, names in cotangents], in_activations)
+    g = contract(cotangents, outer_cotangents, layout.precision)
+    if not activations:
+        return contract([(g, outer_cotangents)], layout.result, layout.precision)
+    outer_activations = needed([names for _, names in activations], in_cotangents)
+    a = contract(activations, outer_activations, layout.precision)
+    return contract(
+        [(a, outer_activations), (g, outer_cotangents)], layout.result, layout.precision
+    )
