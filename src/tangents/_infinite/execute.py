@@ -206,8 +206,8 @@ def step(node: Node, state: Any, need: Need, patterns: tuple[Any, Any]) -> Any:
     tile = Tile(*(_remask(a, position1, position2, layout, True) for a in tile))
     index1 = index2 = None
     if first.index1 is not None:
-        index1 = node.out_examples(pick([s.index1 for s in states]))
-        index2 = node.out_examples(pick([s.index2 for s in states]))
+        index1 = node.out_examples(pick([s.index1 for s in states]), out1)
+        index2 = node.out_examples(pick([s.index2 for s in states]), out2)
     return State(
         tile=tile,
         side1=sides[0],

@@ -56,7 +56,7 @@ import jax
 import jax.numpy as jnp
 
 from tangents._infinite.masking import zero_fill
-from tangents._infinite.tile import Context, Layout, Need
+from tangents._infinite.tile import Context, Layout, Need, Signal
 
 Shape = tuple[int, ...]
 _N = TypeVar("_N", bound=type)
@@ -102,6 +102,7 @@ class Node:
     mixes_examples: bool = False  # one output example depends on several input examples
     needs_side_pairs: bool = False  # the rule needs all pairs (a, a') of one side, not only (a, a)
     stochastic: bool = False  # apply needs `rng`
+    random_weights: bool = False  # fresh random weights: outputs are independent of all others
 
     # ---- shapes and static description -------------------------------------------------------
 
@@ -121,7 +122,9 @@ class Node:
                 "random weights (Dense, Conv, ...) directly before it"
             )
         return signal.replace(
-            shape=self.out_shape(signal.shape), is_gaussian=self.gaussian(signal.is_gaussian)
+            shape=self.out_shape(signal.shape),
+            is_gaussian=self.gaussian(signal.is_gaussian),
+            drawn=signal.drawn or self.random_weights,
         )
 
     # ---- finite width ------------------------------------------------------------------------
@@ -171,7 +174,7 @@ class Node:
         """
         return None
 
-    def out_examples(self, index: Any) -> Any:
+    def out_examples(self, index: Any, out: Signal) -> Any:
         """Numbers of the output's examples from those of the input's (see `Context.same`)."""
         return index
 

@@ -219,9 +219,9 @@ class Kernel:
 
     def __getitem__(self, idx: Any) -> Kernel:
         """Index the activations; see `stax.Index`."""
-        from tangents._infinite.layers.shape import IndexNode
+        from tangents._infinite.layers.shape import IndexNode, make_index
 
-        return self.through(IndexNode(idx, self.batch_axis, self.channel_axis))
+        return self.through(IndexNode(make_index(idx), self.batch_axis, self.channel_axis))
 
     def through(self, node: Any) -> Kernel:
         """The Kernel after one node of a network graph."""

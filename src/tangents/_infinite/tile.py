@@ -63,12 +63,17 @@ class Tile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Signal:
-    """A static description of one activation: shape, axes (non-negative), Gaussian or not."""
+    """A static description of one activation: shape, axes (non-negative), Gaussian or not.
+
+    drawn: are there random weights between the last `FanOut` and here (if not, the branches of the
+    FanOut are dependent).
+    """
 
     shape: tuple[int, ...]
     batch_axis: int = 0
     channel_axis: int = -1
     is_gaussian: bool = False
+    drawn: bool = True
 
     def __post_init__(self):
         ndim = len(self.shape)

@@ -46,6 +46,7 @@ class DenseNode(Node):
     parameterization: str = "ntk"
     s: tuple[int, int] = (1, 1)
     name = "Dense"
+    random_weights = True
 
     def input_axes(self):
         return self.batch_axis, self.channel_axis
@@ -135,6 +136,7 @@ class EmbeddingNode(Node):
     out_dim: int
     W_std: Any = hyper(1.0)
     name = "Embedding"
+    random_weights = True
 
     def input_axes(self):
         return 0, TOKENS
@@ -147,7 +149,9 @@ class EmbeddingNode(Node):
 
     def signal(self, signal):
         # A token is a one-hot vector: the walk gives it a channel axis of its own.
-        return signal.replace(shape=(*signal.shape[:-1], self.out_dim), is_gaussian=True)
+        return signal.replace(
+            shape=(*signal.shape[:-1], self.out_dim), is_gaussian=True, drawn=True
+        )
 
     def init_params(self, rng, shape):
         return jax.random.normal(rng, (self.vocabulary, self.out_dim))

@@ -1,0 +1,145 @@
+"""Windows over spatial axes: what convolutions and poolings read.
+
+Along one axis, output position o reads the input positions o * stride + t - lo for t = 0 ... size-1
+of the input after `dilation - 1` zeros were put between its entries (for transposed convolutions).
+Outside the input it reads zeros, or wraps around (`CIRCULAR`).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Padding(enum.Enum):
+    """What a window reads beyond the edge: nothing there, zeros, or the other side (a torus)."""
+
+    CIRCULAR = "CIRCULAR"
+    SAME = "SAME"
+    VALID = "VALID"
+
+
+def as_padding(padding: Any) -> Padding:
+    """A Padding of its upper-case name."""
+    return Padding(padding)
+
+
+class Window(NamedTuple):
+    """The window along one axis; `wrap`: the input is a torus."""
+
+    size: int
+    stride: int
+    lo: int
+    hi: int
+    wrap: bool = False
+    dilation: int = 1
+
+    def out_size(self, n: int) -> int:
+        """Number of output positions for `n` input positions."""
+        return max((self.extent(n) + self.lo + self.hi - self.size) // self.stride + 1, 0)
+
+    def extent(self, n: int) -> int:
+        """Number of positions after dilation; a torus has a gap after its last position too."""
+        return n * self.dilation if self.wrap else max((n - 1) * self.dilation + 1, 0)
+
+
+def windows(
+    sizes: Sequence[int], filter_shape: Sequence[int], strides: Sequence[int], padding: Padding
+) -> tuple[Window, ...]:
+    """Windows of a convolution or pooling over axes of these sizes."""
+    kind = Padding.VALID if padding == Padding.VALID else Padding.SAME
+    pads = lax.padtype_to_pads(tuple(sizes), tuple(filter_shape), tuple(strides), kind.name)
+    wrap = padding == Padding.CIRCULAR
+    return tuple(
+        Window(k, s, lo, hi, wrap)
+        for k, s, (lo, hi) in zip(filter_shape, strides, pads, strict=True)
+    )
+
+
+def transposed_windows(
+    sizes: Sequence[int], filter_shape: Sequence[int], strides: Sequence[int], padding: Padding
+) -> tuple[Window, ...]:
+    """Windows of a transposed convolution (`jax.lax.conv_transpose`) on the dilated input."""
+    out = []
+    for k, s in zip(filter_shape, strides, strict=True):
+        if padding == Padding.VALID:
+            lo, total = k - 1, k + s - 2 + max(k - s, 0)
+            out.append(Window(k, 1, lo, total - lo, False, s))
+            continue
+        total = k + s - 2
+        lo = k - 1 if s > k - 1 else -(-total // 2)
+        # On a torus nothing is lost at the far edge: n positions become n * stride.
+        hi = k - 1 - lo if padding == Padding.CIRCULAR else total - lo
+        out.append(Window(k, 1, lo, hi, padding == Padding.CIRCULAR, s))
+    return tuple(out)
+
+
+def _put(a: jax.Array, axis: int, lo: int, hi: int, interior: int, value: Any) -> jax.Array:
+    config = [(0, 0, 0)] * a.ndim
+    config[axis] = (lo, hi, interior)
+    return lax.pad(a, jnp.asarray(value, a.dtype), config)
+
+
+def extend(a: jax.Array, axis: int, w: Window, value: Any = 0) -> jax.Array:
+    """Dilate and pad an axis so that the windows lie inside it."""
+    if w.dilation > 1:
+        high = w.dilation - 1 if w.wrap else 0
+        a = _put(a, axis, 0, high, w.dilation - 1, value)
+    if w.wrap:
+        pads = [(0, 0)] * a.ndim
+        pads[axis] = (max(w.lo, 0), max(w.hi, 0))
+        return jnp.pad(a, pads, mode="wrap")
+    return _put(a, axis, w.lo, w.hi, 0, value)
+
+
+def taps(a: jax.Array, axis: int, w: Window) -> list[jax.Array]:
+    """What each tap of the window reads at all output positions, from an extended axis."""
+    n_out = (a.shape[axis] - w.size) // w.stride + 1
+    last = (n_out - 1) * w.stride + 1
+    return [
+        lax.slice_in_dim(a, t, t + last, w.stride, axis) if n_out > 0 else a for t in range(w.size)
+    ]
+
+
+def window_sum(a: jax.Array, axes: Sequence[int], ws: Sequence[Window]) -> jax.Array:
+    """Sum over the windows along the axes, one axis after another: shifts and adds."""
+    for axis, w in zip(axes, ws, strict=True):
+        a = sum(taps(extend(a, axis, w), axis, w))  # pyright: ignore[reportAssignmentType]
+    return a
+
+
+def window_sum_pairs(a: jax.Array, n_batch: int, ws: Sequence[Window]) -> jax.Array:
+    """Sum along diagonals of `(pairs, H, H, W, W)`: both positions move through the window as one.
+
+    sum_t K(o s + t, o' s + t), axis after axis.
+    """
+    for i, w in enumerate(ws):
+        first, second = n_batch + 2 * i, n_batch + 2 * i + 1
+        a = extend(extend(a, first, w), second, w)
+        parts = zip(taps(a, first, w), range(w.size), strict=True)
+        a = sum(taps(part, second, w)[t] for part, t in parts)  # pyright: ignore
+    return a
+
+
+def window_all(mask: jax.Array, axes: Sequence[int], ws: Sequence[Window]) -> jax.Array:
+    """True where all positions in the window are; positions beyond the edge count as true."""
+    for axis, w in zip(axes, ws, strict=True):
+        parts = taps(extend(mask, axis, w, value=True), axis, w)
+        out = parts[0]
+        for part in parts[1:]:
+            out = out & part
+        mask = out
+    return mask
+
+
+def along(axes: Sequence[int], fn: Callable[[int, int], int], shape: Sequence[int]) -> tuple:
+    """`shape` with the sizes along `axes` changed by `fn(i, size)`; -1 stays."""
+    out = list(shape)
+    for i, axis in enumerate(axes):
+        out[axis] = fn(i, out[axis])
+    return tuple(out)
