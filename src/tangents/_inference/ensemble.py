@@ -1,0 +1,296 @@
+"""Mean and covariance of infinitely many infinitely wide networks during gradient flow.
+
+With R(t) = Θ⁻¹ (1 − exp(−η t Θ / s)) Θ_XT and K, Θ the NNGP and NTK (Lee et al. 2019, eq. 16):
+
+    ntk    mean Rᵀ y,   cov K_TT + Rᵀ K R − (K_TX R + h.c.)
+    nngp   the same with K for Θ (only the last layer is trained), where it collapses to
+           cov K_TT − K_TX K⁻¹ (1 − exp(−2 η t K / s)) K_XT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tangents._core.get import Get, canonical_get, select
+from tangents._core.precision import DEFAULT as HIGHEST
+from tangents._core.typing import Array, Axes, PyTree
+from tangents._inference.eigenspace import Factorisation, integrated, risen
+from tangents._inference.gaussian_process import (
+    Gaussian,
+    gp_inference,
+    kernel_of,
+    propagated,
+    symmetric,
+)
+from tangents._inference.gradient_flow import as_targets, as_times
+from tangents._inference.layout import (
+    Layout,
+    floating,
+    from_matrix,
+    is_concrete,
+    matrix,
+)
+
+KernelFn = Callable[..., Any]
+CALLER = "gradient_descent_mse_ensemble"
+
+
+def gradient_descent_mse_ensemble(
+    kernel_fn: KernelFn,
+    x_train: PyTree,
+    y_train: Array,
+    learning_rate: float = 1.0,
+    diag_reg: float = 0.0,
+    diag_reg_absolute_scale: bool = False,
+    trace_axes: Axes = (-1,),
+    **kernel_fn_train_train_kwargs: Any,
+) -> Callable[..., Any]:
+    r"""The distribution of infinitely wide networks trained by gradient flow on the squared error.
+
+    Each network starts at an independent draw with mean zero and covariance K (the NNGP) and
+    follows `gradient_descent_mse` with the NTK; the result is the mean and covariance over draws.
+
+    Args:
+        kernel_fn: `kernel_fn(x1, x2, get, **kwargs)` that returns 'nngp' and 'ntk', e.g. from
+            `stax.serial`, `empirical_kernel_fn` (with its parameters bound) or
+            `monte_carlo_kernel_fn`.
+        x_train: training inputs.
+        y_train: targets (n, c). The loss is ½ · mean over all outputs.
+        learning_rate: η; it only multiplies time.
+        diag_reg: added to the kernel that is inverted, as a multiple of its mean diagonal.
+        diag_reg_absolute_scale: whether `diag_reg` is added as it is.
+        trace_axes: axes of `y_train` over which the kernels are a multiple of the identity.
+        **kernel_fn_train_train_kwargs: further arguments of `kernel_fn` for (x_train, x_train);
+            pairs are for the first and second input.
+
+    Returns:
+        `predict_fn(t=None, x_test=None, get=None, compute_cov=False,
+        **kernel_fn_test_test_kwargs)`: time or array of times (None: infinity), test inputs (None:
+        the training set), 'nngp', 'ntk' or a tuple (None: both). The result is the mean (m, c), or
+        `Gaussian(mean, covariance)` with covariance (m, m) if `compute_cov`, with the axes of `t`
+        in front; a named tuple for several. Keyword arguments are those of `kernel_fn(x_test,
+        x_test)`; for (test, train) the first half of a pair is taken from here and the second from
+        the training arguments. It may be called under `jit` and `vmap`; kernels of the training set
+        and their factors are kept.
+
+    Raises:
+        NotImplementedError: if `get` names another kernel.
+        ValueError: if shapes do not fit, or training and test arguments conflict.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from tangents import predict
+        >>> def kernel_fn(x1, x2, get):
+        ...     return {'nngp': x1 @ (x1 if x2 is None else x2).T}[get]
+        >>> predict_fn = predict.gradient_descent_mse_ensemble(kernel_fn, jnp.eye(2), jnp.ones((2,
+        1))) >>> predict_fn(t=1.0, x_test=jnp.ones((3, 2)), get='nngp').shape
+        (3, 1)
+    """
+    y = as_targets(y_train, caller=CALLER)
+    layout = Layout.of(y.shape, trace_axes, caller=CALLER)
+    train_kwargs = kernel_fn_train_train_kwargs
+    kept_kernels: dict[str, Any] = {}
+    kept_factors: dict[str, Factorisation] = {}
+
+    def train_kernels(names: tuple[str, ...]) -> dict[str, Array]:
+        """Kernels of the training set by name, kept once they are concrete."""
+        missing = tuple(n for n in names if n not in kept_kernels)
+        found = dict(kept_kernels)
+        if missing:
+            concrete = is_concrete(x_train, train_kwargs)
+            with _eager_where(concrete):
+                computed = _kernels(kernel_fn, x_train, None, missing, train_kwargs)
+            for name, k in computed.items():
+                layout.check_train(k, caller=CALLER, argument=f"kernel_fn(x_train)[{name!r}]")
+            found.update(computed)
+            if is_concrete(computed):
+                kept_kernels.update(computed)
+        return found
+
+    def factor(name: str) -> Factorisation:
+        if name in kept_factors:
+            return kept_factors[name]
+        k = matrix(train_kernels((name,))[name])
+        made = Factorisation(
+            k.astype(floating(k, y)), diag_reg, diag_reg_absolute_scale, caller=CALLER
+        )
+        if is_concrete(k):
+            kept_factors[name] = made
+        return made
+
+    def at_infinity(wanted, names, x_test, compute_cov, test_kwargs):
+        needed = _needed(names, compute_cov)
+        k_dd = select("AnalyticKernel", needed, train_kernels(needed))
+        predict_gp = gp_inference(k_dd, y, diag_reg, diag_reg_absolute_scale, trace_axes)
+        if x_test is None:
+            return predict_gp(wanted, None, True if compute_cov else None)
+        pair = _test_train_kwargs(test_kwargs, train_kwargs)
+        k_td = select("AnalyticKernel", needed, _kernels(kernel_fn, x_test, x_train, needed, pair))
+        k_tt = None
+        if compute_cov:
+            k_tt = _kernels(kernel_fn, x_test, None, ("nngp",), test_kwargs)["nngp"]
+        return predict_gp(wanted, k_td, k_tt)
+
+    def at_times(t, names, x_test, compute_cov, test_kwargs):
+        needed = _needed(names, compute_cov)
+        k_dd = train_kernels(needed)
+        if x_test is not None:
+            pair = _test_train_kwargs(test_kwargs, train_kwargs)
+            k_td = _kernels(kernel_fn, x_test, x_train, needed, pair)
+            for name, k in k_td.items():
+                layout.check_test(
+                    k, caller=CALLER, argument=f"kernel_fn(x_test, x_train)[{name!r}]"
+                )
+            if compute_cov:
+                k_tt = _kernels(kernel_fn, x_test, None, ("nngp",), test_kwargs)["nngp"]
+        results = {}
+        for name in names:
+            solver = factor(name)
+            dtype = solver.matrix().dtype
+            times = as_times(t, dtype, CALLER) * jnp.asarray(learning_rate, dtype)
+            flat = times.reshape(-1, 1)
+            rhs = layout.targets(y.astype(dtype))
+            kept = layout.kept_shape if x_test is None else k_td[name].shape[0::2]
+            if x_test is None:
+                mean = solver.apply(risen(solver.eigh()[0], flat, layout.size), rhs)
+                cov = _train_cov(solver, name, k_dd, flat, layout) if compute_cov else None
+            else:
+                weights = solver.apply(integrated(solver.eigh()[0], flat, layout.size), rhs)
+                mean = jnp.matmul(matrix(k_td[name]).astype(dtype), weights, precision=HIGHEST)
+                cov = (
+                    _test_cov(solver, name, k_dd, k_td, k_tt, flat, layout) if compute_cov else None
+                )
+            mean = layout.restore(mean, kept, times.shape)
+            if cov is None:
+                results[name] = mean
+            else:
+                cov = from_matrix(symmetric(cov), kept, kept, times.shape)
+                results[name] = Gaussian(mean, cov)
+        return results
+
+    def predict_fn(
+        t: Any = None,
+        x_test: PyTree = None,
+        get: Get = None,
+        compute_cov: bool = False,
+        **kernel_fn_test_test_kwargs: Any,
+    ):
+        """Mean or `Gaussian` at time `t` on `x_test`; see `gradient_descent_mse_ensemble`."""
+        wanted = canonical_get(get)
+        names = (
+            ("nngp", "ntk") if wanted is None else (wanted,) if isinstance(wanted, str) else wanted
+        )
+        for name in names:
+            if name not in ("nngp", "ntk"):
+                raise NotImplementedError(f"{CALLER}: get={name!r} is not one of 'nngp', 'ntk'.")
+        if t is None:
+            return at_infinity(wanted, names, x_test, compute_cov, kernel_fn_test_test_kwargs)
+        results = at_times(t, names, x_test, compute_cov, kernel_fn_test_test_kwargs)
+        return select("Gaussians", wanted, results)
+
+    return predict_fn
+
+
+def _eager_where(concrete: bool):
+    import contextlib
+
+    return jax.ensure_compile_time_eval() if concrete else contextlib.nullcontext()
+
+
+def _needed(names: tuple[str, ...], compute_cov: bool) -> tuple[str, ...]:
+    """Kernels that predictions of `names` need: covariances of 'ntk' need the NNGP too."""
+    if compute_cov and "nngp" not in names:
+        return (*names, "nngp")
+    return tuple(names)
+
+
+def _kernels(
+    kernel_fn: KernelFn, x1: PyTree, x2: PyTree, names: tuple[str, ...], kwargs: dict[str, Any]
+) -> dict[str, Array]:
+    """The kernels `names` as a dictionary; one call for all of them."""
+    if len(names) == 1:
+        result = kernel_fn(x1, x2, names[0], **kwargs)
+        return {names[0]: kernel_of(result, names[0], caller=CALLER, argument="kernel_fn(...)")}
+    result = kernel_fn(x1, x2, names, **kwargs)
+    return {n: kernel_of(result, n, caller=CALLER, argument="kernel_fn(...)") for n in names}
+
+
+def _train_cov(solver: Factorisation, name: str, k_dd, flat: Array, layout: Layout) -> Array:
+    values, vectors = solver.eigh()
+    identity = jnp.eye(vectors.shape[0], dtype=vectors.dtype)
+    # 1 − risen = exp(−λ t / s): what is left of the initial draw.
+    if name == "nngp":
+        left = 1 - risen(values, 2 * flat, layout.size)
+        return solver.apply(jnp.maximum(values, 0) * left, identity)
+    left = solver.apply(1 - risen(values, flat, layout.size), identity)
+    nngp = matrix(k_dd["nngp"]).astype(vectors.dtype)
+    inner = jnp.matmul(nngp, left, precision=HIGHEST)
+    return jnp.matmul(left, inner, precision=HIGHEST)
+
+
+def _test_cov(solver: Factorisation, name: str, k_dd, k_td, k_tt, flat, layout: Layout) -> Array:
+    values, vectors = solver.eigh()
+    dtype = vectors.dtype
+    cross = matrix(k_td[name]).astype(dtype).T
+    prior = matrix(k_tt).astype(dtype)
+    if name == "nngp":
+        # One product from the left: K_TX U, then the middle is diagonal.
+        inside = jnp.matmul(vectors.T, cross, precision=HIGHEST)
+        middle = integrated(values, 2 * flat, layout.size)[:, :, None] * inside
+        return prior - jnp.matmul(inside.T, middle, precision=HIGHEST)
+    response = solver.apply(integrated(values, flat, layout.size), cross)
+    nngp_dd = matrix(k_dd["nngp"]).astype(dtype)
+    nngp_td = matrix(k_td["nngp"]).astype(dtype)
+    return propagated(prior, nngp_dd, nngp_td, response)
+
+
+def _test_train_kwargs(test: dict[str, Any], train: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for (test, train): first halves of the test pairs, second of the training pairs."""
+    merged: dict[str, Any] = {}
+    for name in {**train, **test}:
+        if name not in test or name not in train:
+            given = test.get(name, train.get(name))
+            where = "test" if name not in test else "training"
+            if _is_pair(given):
+                raise ValueError(
+                    f"{CALLER}: {name} is a pair of arrays, but the {where} arguments have none: "
+                    f"pass {name} both to gradient_descent_mse_ensemble and to predict_fn."
+                )
+            merged[name] = given
+            continue
+        first, second = test[name], train[name]
+        if _is_pair(first) and _is_pair(second):
+            merged[name] = (first[0], second[1])
+        elif name == "rng" and first is not None and second is not None:
+            merged[name] = first if _equal(first, second) else (first, second)
+        elif _equal(first, second):
+            merged[name] = first
+        else:
+            raise ValueError(
+                f"{CALLER}: {name} is {second!r} for the training set but {first!r} for the test "
+                "set: kernels between the two need one value, or a pair for each."
+            )
+    return merged
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and not isinstance(value[0], str)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    leaves_a, leaves_b = jax.tree.leaves(a), jax.tree.leaves(b)
+    if len(leaves_a) != len(leaves_b):
+        return False
+    if not is_concrete(a, b):
+        return all(x is y for x, y in zip(leaves_a, leaves_b))
+    return all(
+        np.shape(x) == np.shape(y) and bool(np.all(np.asarray(x) == np.asarray(y)))
+        for x, y in zip(leaves_a, leaves_b)
+    )
