@@ -202,7 +202,8 @@ def step(node: Node, state: Any, need: Need, patterns: tuple[Any, Any]) -> Any:
             sides[k - 1] = _remask(out, position, position, side_layout, first.side_pairs)
 
     layout = node.out_layout(first.layout, need.tile)
-    tile = node.rule(pick([c["tile"] for c in contexts]), pick([s.tile for s in states]))
+    tiles = [_pin(node, c["tile"], s.tile) for c, s in zip(contexts, states, strict=True)]
+    tile = node.rule(pick([c["tile"] for c in contexts]), pick(tiles))
     tile = Tile(*(_remask(a, position1, position2, layout, True) for a in tile))
     index1 = index2 = None
     if first.index1 is not None:
@@ -224,6 +225,22 @@ def step(node: Node, state: Any, need: Need, patterns: tuple[Any, Any]) -> Any:
         side_pairs=first.side_pairs,
         shared=shared,
     )
+
+
+def _pin(node: Node, context: Context, tile: Tile) -> Tile:
+    """Make the covariance of an example with itself its variance, to the last bit.
+
+    Side and tile are computed by different contractions, and an angle of zero off by rounding is
+    off by its square root: nonlinearities with a kink would lose half of their digits there.
+    """
+    same = context.same_entries
+    if not node.gaussian_input or same is None or context.side1 is None:
+        return tile
+    var1, _ = context.variances
+    gap12 = None
+    if tile.gap12 is not None:
+        gap12 = jnp.where(same, jnp.zeros((), tile.gap12.dtype), tile.gap12)
+    return tile._replace(cov12=jnp.where(same, var1, tile.cov12), gap12=gap12)
 
 
 def _mask_out(node: Node, masks: list, signals: list[Signal], many: bool) -> Any:

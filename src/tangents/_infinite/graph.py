@@ -50,7 +50,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,7 @@ def hyper(default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"hyper": True})
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(hyper,))
 def node(cls: _N) -> _N:
     """Make a class a node: a frozen dataclass and a pytree, `hyper()` fields its children."""
     cls = dataclasses.dataclass(frozen=True, eq=False, repr=True)(cls)
@@ -155,7 +156,7 @@ class Node:
 
     # ---- infinite width ----------------------------------------------------------------------
 
-    def needs(self, need: Need) -> Need:
+    def needs(self, need: Any) -> Any:
         """Layouts needed at the input so that the output has `need`."""
         return need
 

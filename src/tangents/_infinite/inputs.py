@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 import numpy as np
 
 from tangents._core import precision
@@ -48,7 +49,7 @@ def canonical(x: jax.Array) -> jax.Array:
 
 def collapse_mask(mask: Any, channel_axis: int) -> Any:
     """A mask that is the same in all channels, with one; one that is not stays (if it is known)."""
-    if mask is None or isinstance(mask, jax.core.Tracer):
+    if mask is None or isinstance(mask, Tracer):
         return mask
     some = jnp.any(mask, axis=channel_axis, keepdims=True)
     every = jnp.all(mask, axis=channel_axis, keepdims=True)

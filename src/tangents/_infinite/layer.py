@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from tangents._core.get import Get, canonical_get, select
 from tangents._core.kwargs import same_inputs
-from tangents._infinite.graph import Node, any_node
+from tangents._infinite.graph import Node
 from tangents._infinite.inputs import check_inputs, collapse_mask
 from tangents._infinite.kernel import Kernel, from_state, to_state
 from tangents._infinite.masking import join_masks, split_masks
@@ -199,7 +199,8 @@ class KernelFn:
     def _from_inputs(self, plan: Plan, x1, x2, pattern, mask_constant, memory, kwargs):
         check_batch_axes(plan)
         patterns = _pattern_pair(pattern)
-        x1_is_x2 = jnp.asarray(same_inputs(x1, x2))
+        equal = same_inputs(x1, x2)
+        x1_is_x2 = jnp.asarray(equal)
         (x1, mask1), (x2v, mask2) = split_masks(x1, mask_constant), (x2, None)
         if x2 is None and patterns[0] is not patterns[1]:
             x2 = x1 if mask_constant is None else jax.tree.map(lambda x: x, x1)
@@ -208,7 +209,7 @@ class KernelFn:
             x2v, mask2 = split_masks(x2, mask_constant)
         mask1, mask2 = _collapse(mask1, plan.axes), _collapse(mask2, plan.axes)
         index = (None, None)
-        if any_node(self.node, lambda n: n.stochastic):
+        if equal is not False:
             index = tuple(jnp.arange(n) for n in _batch_sizes(plan, x1, x1 if x2v is None else x2v))
         extra = dict(kwargs) if pattern is None else {**kwargs, "pattern": pattern}
         node = cast_hyperparameters(self.node)

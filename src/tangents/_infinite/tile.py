@@ -189,6 +189,18 @@ class Context:
         """`(var1, var2)`, broadcastable to `tile.cov12`."""
         return self.pair(self.variance(1), self.variance(2))
 
+    @property
+    def same_entries(self) -> jax.Array | None:
+        """True where a pair is one example in one draw at one position; broadcasts to the tile."""
+        same = self.same
+        if same is None:
+            return None
+        if self.layout != Layout.FULL:
+            return same.reshape(same.shape + (1,) * len(self.in1.spatial))
+        for size in self.in1.spatial:
+            same = same[..., None, None] & jnp.eye(size, dtype=bool)
+        return same
+
     def pair(self, a1: jax.Array, a2: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Bring `(n1, H, W)` and `(n2, H, W)` to shapes that broadcast to the tile."""
         return pair_positions(a1, a2, self.layout, self.all_pairs)

@@ -105,7 +105,7 @@ class AttentionNode(Node):
     p_norm: float = 2
     decay_fn: Any = None
     n_chan_pos_emb: int | None = None
-    W_pos_emb_std: Any = hyper(1.0)
+    W_pos_emb_std: Any = hyper(1.0)  # pyright: ignore[reportGeneralTypeIssues]
     val_pos_emb: bool = False
     batch_axis: int = 0
     channel_axis: int = -1
@@ -254,7 +254,7 @@ class AttentionNode(Node):
 
         def embed(a, keep1, keep2):
             """Add positional embeddings to covariances (pairs, P, P)."""
-            if a is None or self.embedding == PositionalEmbedding.NONE:
+            if self.embedding == PositionalEmbedding.NONE:
                 return a
             seen = R
             if not isinstance(keep1, int):
@@ -270,9 +270,10 @@ class AttentionNode(Node):
             return a if a.ndim == 0 else _flat_positions(a, n, P)
 
         keep1, keep2 = there(context.mask1, 1), there(context.mask2, 2)
-        K, T = flat(tile.cov12, n), None if tile.ntk is None else flat(tile.ntk, n)
-        Ke = embed(K, keep1, keep2)
-        Te = embed(T, keep1, keep2)
+        K = flat(tile.cov12, n)
+        # Without a tangent kernel the zero of no axes takes its place and is dropped at the end.
+        T = jnp.zeros((), K.dtype) if tile.ntk is None else flat(tile.ntk, n)
+        Ke, Te = embed(K, keep1, keep2), embed(T, keep1, keep2)
         Kv, Tv = (Ke, Te) if self.val_pos_emb else (K, T)
         scale = (self.W_out_std * self.W_value_std) ** 2
         if self.linear_scaling:
@@ -285,24 +286,21 @@ class AttentionNode(Node):
             def mix(a):
                 return a if a.ndim == 0 else scale * _einsum(spec, G[0], a, G[1])
 
-            Kn = mix(Kv)
-            Tn = None if Tv is None else 2 * Kn + mix(Tv)
+            K = mix(Kv)
+            T = 2 * K + mix(jnp.broadcast_to(Tv, Kv.shape) if Tv.ndim else Tv)
         else:
             scale = scale * (self.W_query_std * self.W_key_std) ** 2
 
             def product(a, b, c):
                 return scale * a * jnp.sum(b * c, axis=(-2, -1), keepdims=True)
 
-            Kn = product(Ke, Ke, Kv)
-            Tn = None
-            if Te is not None and Tv is not None:
-                Te, Tv = jnp.broadcast_to(Te, Ke.shape), jnp.broadcast_to(Tv, Kv.shape)
-                Tn = 4 * Kn + product(Te, Ke, Kv) + product(Ke, Te, Kv) + product(Ke, Ke, Tv)
+            K = product(Ke, Ke, Kv)
+            Te, Tv = jnp.broadcast_to(Te, Ke.shape), jnp.broadcast_to(Tv, Kv.shape)
+            T = 4 * K + product(Te, Ke, Kv) + product(Ke, Te, Kv) + product(Ke, Ke, Tv)
         if self.b_std is not None:
-            Kn = Kn + self.b_std**2
-            Tn = None if Tn is None else Tn + self.b_std**2
-        Kn = _unflat_positions(Kn, n, spatial)
-        return Tile(Kn, None if Tn is None else _unflat_positions(Tn, n, spatial))
+            K, T = K + self.b_std**2, T + self.b_std**2
+        K, T = _unflat_positions(K, n, spatial), _unflat_positions(T, n, spatial)
+        return Tile(K, None if tile.ntk is None else T)
 
     def _attention(self, context, side, mask, P, embed):
         """Attention weights of one side, (n, P, P)."""

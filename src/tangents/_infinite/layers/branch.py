@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -132,7 +133,7 @@ class FanInSumNode(Node):
     def out_examples(self, index, out):
         return index[0]
 
-    def rule(self, context, tile):
+    def rule(self, context: Any, tile: Any) -> Tile:
         ntks = [t.ntk for t in tile]
         cov12 = sum((t.cov12 for t in tile[1:]), start=tile[0].cov12)
         return Tile(cov12, None if ntks[0] is None else sum(ntks[1:], start=ntks[0]))
@@ -194,7 +195,7 @@ class FanInProdNode(Node):
     def out_examples(self, index, out):
         return index[0]
 
-    def rule(self, context, tile):
+    def rule(self, context: Any, tile: Any) -> Tile:
         covs = [t.cov12 for t in tile]
         ntk = None
         if tile[0].ntk is not None:
@@ -298,7 +299,7 @@ class FanInConcatNode(Node):
             padded.append(jnp.pad(a, pads))
         return jnp.concatenate(padded, axis=axes[0])
 
-    def rule(self, context, tile):
+    def rule(self, context: Any, tile: Any) -> Tile:
         first = context[0]
         kind = self._kind(first.in1)
         n = first.n_batch
@@ -312,20 +313,19 @@ class FanInConcatNode(Node):
             def combine(arrays):
                 return sum(w / total * a for w, a in zip(widths, arrays, strict=True))
 
+            return Tile(combine(covs), None if ntks[0] is None else combine(ntks))
+
+        if kind == "batch":
+            axes = tuple(range(n))
         else:
-            if kind == "batch":
-                axes = tuple(range(n))
-            else:
-                place = first.in1.spatial_axes.index(self.axis % len(first.in1.shape))
-                if first.layout == Layout.FULL:
-                    axes = (n + 2 * place, n + 2 * place + 1)
-                else:
-                    axes = (n + place,)
-
-            def combine(arrays):
-                return arrays[0] if arrays[0].ndim == 0 else self._blocks(arrays, axes)
-
-        return Tile(combine(covs), None if ntks[0] is None else combine(ntks))
+            place = first.in1.spatial_axes.index(self.axis % len(first.in1.shape))
+            axes = (n + place,)
+            if first.layout == Layout.FULL:
+                axes = (n + 2 * place, n + 2 * place + 1)
+        ntk = ntks[0]
+        if ntk is not None and ntk.ndim:
+            ntk = self._blocks(ntks, axes)
+        return Tile(self._blocks(covs, axes), ntk)
 
 
 def FanInConcat(axis: int = -1) -> Layer:

@@ -39,7 +39,7 @@ from tangents._infinite.layers.window import (
     as_padding,
     extend,
     transposed_windows,
-    window_all,
+    window_mask,
     window_sum,
     window_sum_pairs,
     windows,
@@ -163,7 +163,7 @@ class ConvNode(Node):
         # Broadcast along the windows first: a size of one would shrink.
         sizes = [shape[a] if a in self.axes else m for a, m in enumerate(mask.shape)]
         mask = collapse_channels(jnp.broadcast_to(mask, sizes), self.channel_axis)
-        mask = window_all(mask, self.axes, self.windows(shape))
+        mask = window_mask(mask, self.axes, self.windows(shape))
         return jnp.transpose(mask, [self.specs[0].index(c) for c in self.specs[2]])
 
     def needs(self, need):
@@ -231,7 +231,7 @@ def _layer(
         W_std,
         b_std,
         check_parameterization(parameterization, kind),
-        tuple(s),
+        (s[0], s[1]),
         kind,
     )
     return Layer(node)

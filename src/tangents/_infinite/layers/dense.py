@@ -124,7 +124,9 @@ def Dense(
     ((3, 5), (1, 5))
     """
     parameterization = check_parameterization(parameterization, "Dense")
-    node = DenseNode(out_dim, W_std, b_std, batch_axis, channel_axis, parameterization, tuple(s))
+    node = DenseNode(
+        out_dim, W_std, b_std, batch_axis, channel_axis, parameterization, (s[0], s[1])
+    )
     return Layer(node)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from tangents._infinite.graph import Node, hyper, node
 from tangents._infinite.layer import Layer
-from tangents._infinite.tile import Layout
 
 
 @node
@@ -44,15 +44,9 @@ class DropoutNode(Node):
         return jnp.where(keep, x / self.rate, jnp.zeros((), x.dtype))
 
     def rule(self, context, tile):
-        if self.mode == "test" or context.same is None:
+        same = context.same_entries
+        if self.mode == "test" or same is None:
             return tile
-        same = context.same
-        n_spatial = len(context.in1.spatial_axes)
-        if context.layout == Layout.FULL:
-            for size in context.in1.spatial:
-                same = same[..., None, None] & jnp.eye(size, dtype=bool)
-        else:
-            same = same.reshape(same.shape + (1,) * n_spatial)
         return tile.linear(lambda a: jnp.where(same, a / self.rate, a))
 
 
@@ -76,7 +70,7 @@ def Dropout(rate: Any, mode: str = "train") -> Layer:
     >>> sorted(set(drop((), jnp.ones((1, 50)), rng=jax.random.key(0)).ravel().tolist()))
     [0.0, 2.0]
     """
-    if not isinstance(rate, jax.core.Tracer) and not 0 < rate <= 1:
+    if not isinstance(rate, Tracer) and not 0 < rate <= 1:
         raise ValueError(f"Dropout: rate={rate} is the probability to keep an entry: 0 < rate <= 1")
     if mode not in ("train", "test"):
         raise ValueError(f"Dropout: mode={mode!r} must be 'train' or 'test'")

@@ -22,7 +22,7 @@ from tangents._infinite.layers.window import (
     Padding,
     along,
     as_padding,
-    window_all,
+    window_mask,
     window_sum,
     windows,
 )
@@ -99,7 +99,7 @@ class PoolNode(Node):
         mask = jnp.broadcast_to(
             mask, [shape[a] if a in axes else m for a, m in enumerate(mask.shape)]
         )
-        return window_all(mask, axes, self._windows(shape))
+        return window_mask(mask, axes, self._windows(shape))
 
     def needs(self, need):
         return needs_all_pairs(need)

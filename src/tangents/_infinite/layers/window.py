@@ -8,6 +8,8 @@ Outside the input it reads zeros, or wraps around (`CIRCULAR`).
 from __future__ import annotations
 
 import enum
+import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -126,14 +128,23 @@ def window_sum_pairs(a: jax.Array, n_batch: int, ws: Sequence[Window]) -> jax.Ar
     return a
 
 
-def window_all(mask: jax.Array, axes: Sequence[int], ws: Sequence[Window]) -> jax.Array:
-    """True where all positions in the window are; positions beyond the edge count as true."""
+def window_mask(mask: jax.Array, axes: Sequence[int], ws: Sequence[Window]) -> jax.Array:
+    """Masks after a window: an output position is missing where the centre of its window is.
+
+    So a mask stays what it is through layers that keep the shape, and missing positions are not
+    filled in from their neighbours. In a dilated input most positions are not there: an output
+    position is missing where all entries it reads are.
+    """
     for axis, w in zip(axes, ws, strict=True):
         parts = taps(extend(mask, axis, w, value=True), axis, w)
-        out = parts[0]
-        for part in parts[1:]:
-            out = out & part
-        mask = out
+        if w.dilation == 1:
+            mask = parts[(w.size - 1) // 2]
+            continue
+        if w.wrap:
+            # The gaps of a torus are not edges: they must count as missing, too.
+            parts = taps(extend(~mask, axis, w, value=False), axis, w)
+            parts = [~part for part in parts]
+        mask = functools.reduce(operator.and_, parts)
     return mask
 
 
