@@ -35,4 +35,4 @@ def resolve(precision: PrecisionLike) -> lax.Precision:
 
 def accumulator(dtype) -> np.dtype:
     """The dtype in which products of `dtype` are summed: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32) if jnp.finfo(dtype).bits < 32 else np.dtype(dtype)
+    return np.dtype(np.float32) if jnp.finfo(dtype).bits < 32 else np.dtype(dtype)

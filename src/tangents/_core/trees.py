@@ -23,7 +23,9 @@ from tangents._core.typing import Array, PyTree
 
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array of data: of JAX (tracers and keys too) or of NumPy."""
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic) and leaf.dtype.kind not in "OUS"
+    if isinstance(leaf, np.ndarray | np.generic):
+        return leaf.dtype.kind not in "OUS"
+    return isinstance(leaf, jax.Array)
 
 
 def is_differentiable(leaf: Any) -> bool:
@@ -87,13 +89,15 @@ class Partition:
 
 def describe(tree: PyTree) -> str:
     """Shapes of a tree, as an error message shows them: `(3, 4)` or `{'a': (3,), 'b': ()}`."""
-    shapes = tree_util.tree_map(lambda leaf: _Shape(jnp.shape(leaf)), tree)
-    return repr(shapes)
+    return repr(tree_util.tree_map(_Shape, tree))
 
 
 class _Shape:
-    def __init__(self, shape: tuple[int, ...]):
-        self.shape = tuple(shape)
+    """Prints as the shape of a leaf, or as its type where it has none."""
+
+    def __init__(self, leaf: Any):
+        has_shape = hasattr(leaf, "shape") or isinstance(leaf, bool | int | float | complex)
+        self.text = repr(tuple(getattr(leaf, "shape", ()))) if has_shape else type(leaf).__name__
 
     def __repr__(self) -> str:
-        return repr(self.shape)
+        return self.text
