@@ -149,7 +149,7 @@ class Factorisation:
         total = np.asarray(x, np.float64)
         best = np.inf
         for _ in range(3):
-            residual = b - _product64(k, total)
+            residual = b - product64(k, total)
             size = np.linalg.norm(residual)
             if not size < 0.5 * best:
                 break
@@ -179,7 +179,8 @@ class Factorisation:
             )
 
 
-def _product64(k: np.ndarray, x: np.ndarray, rows: int = 1024) -> np.ndarray:
+def product64(k: np.ndarray, x: np.ndarray, rows: int = 1024) -> np.ndarray:
+    """K x in float64 for a matrix of any precision."""
     # K in float64 a block of rows at a time: a whole copy would triple the memory.
     if k.dtype == np.float64:
         return k @ x
