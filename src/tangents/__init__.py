@@ -4,6 +4,7 @@ A kernel is a linear operator; a dense matrix is what you get when you materiali
 """
 
 # Finite networks: kernels of a parameter Jacobian.
+from tangents import predict
 from tangents._finite.functions import empirical_kernel_fn, empirical_nngp_fn, empirical_ntk_fn
 from tangents._finite.implementation import NtkImplementation
 from tangents._finite.linearization import linearize, taylor_expand
@@ -11,6 +12,20 @@ from tangents._finite.operator import NTKOperator, ntk_operator
 from tangents._finite.vector_product import empirical_ntk_vp_fn
 
 # Inference: linear systems, spectra, regression.
+from tangents._inference.calibration import (
+    Calibration,
+    ClassCalibration,
+    calibration,
+    class_calibration,
+    class_probabilities,
+)
+from tangents._inference.network_posterior import NetworkPosterior, network_posterior
+from tangents._inference.regression import (
+    KernelRegression,
+    fit_kernel_regression,
+    leave_one_out,
+    log_marginal_likelihood,
+)
 from tangents._inference.solution import Solution, SolveError
 from tangents._inference.solve import solve
 from tangents._version import __version__
@@ -19,18 +34,30 @@ from tangents._version import __version__
 from tangents.frontends import from_model
 
 __all__ = [
+    "Calibration",
+    "ClassCalibration",
+    "KernelRegression",
     "NTKOperator",
+    "NetworkPosterior",
     "NtkImplementation",
     "Solution",
     "SolveError",
     "__version__",
+    "calibration",
+    "class_calibration",
+    "class_probabilities",
     "empirical_kernel_fn",
     "empirical_nngp_fn",
     "empirical_ntk_fn",
     "empirical_ntk_vp_fn",
+    "fit_kernel_regression",
     "from_model",
+    "leave_one_out",
     "linearize",
+    "log_marginal_likelihood",
+    "network_posterior",
     "ntk_operator",
+    "predict",
     "solve",
     "taylor_expand",
 ]
