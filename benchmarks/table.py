@@ -29,8 +29,11 @@ def both(ours: str, peer: str) -> str:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; a column with nothing in it, such as the peer's in a run without, is left out."""
     if not rows:
         return ""
+    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    head, rows = [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
     widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"

@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import os
+import statistics
 import sys
 import time
 import traceback
@@ -130,6 +131,8 @@ class Session:
         if "jax" in sys.modules:
             device = sys.modules["jax"].devices()[0]
             about["device"] = f"{device.platform}: {device.device_kind}"
+            if device.platform != "cpu":
+                about["device"] += f" ({' '.join(device.client.platform_version.split())})"
         return about
 
     def missing(self, modules: list[str]) -> dict:
@@ -201,10 +204,11 @@ class Session:
         return {"shapes": [list(a.shape) for a in arrays]}
 
     def memory(self, what: str) -> dict:
-        """Peak memory of the first call (with its compilation) and of a later one.
+        """Peak memory of the first call (with its compilation) and of later ones.
 
         first: above the process with the packages imported and the inputs made.
-        steady: above the process just before the call, freed memory given back.
+        steady: above the process just before the call, freed memory given back; the median of
+          three calls, since the scratch space of library kernels depends on how threads meet.
         """
         call = self._call(what)
         start, _ = settle()
@@ -212,10 +216,17 @@ class Session:
         if (on_device := device_peak_mib()) is not None:
             return {"first": None, "steady": None, "device": on_device}
         first = None if start is None else peak_mib() - start
-        before, restarted = settle()
-        finish(call())
-        steady = peak_mib() - before if restarted and before is not None else None
-        return {"first": first, "steady": steady, "device": None}
+        peaks = []
+        for _ in range(3):
+            before, restarted = settle()
+            if not restarted or before is None:
+                return {"first": first, "steady": None, "device": None}
+            started = time.perf_counter()
+            finish(call())
+            peaks.append(peak_mib() - before)
+            if time.perf_counter() - started > 2:
+                break  # so slow a call is large, and its scratch space is not
+        return {"first": first, "steady": statistics.median(peaks), "device": None}
 
 
 def serve(session: Session, requests, answers) -> None:

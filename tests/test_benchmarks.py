@@ -181,6 +181,13 @@ def test_report_has_figures_targets_failures_and_absences():
     assert len(widths) == 2  # two tables, each of one width
 
 
+def test_columns_with_nothing_in_them_are_left_out():
+    assert table.markdown(["a", "b", "c"], [["1", "", "2"], ["3", "", ""]]) == (
+        "| a | c |\n| - | - |\n| 1 | 2 |\n| 3 |   |"
+    )
+    assert table.markdown(["a"], []) == ""
+
+
 @pytest.mark.parametrize(
     "value, text", [(None, ""), (2.5, "2.5 s"), (0.0123, "12.3 ms"), (4.56e-5, "45.6 µs")]
 )
