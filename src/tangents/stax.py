@@ -21,8 +21,8 @@ A layer is a triple `(init_fn, apply_fn, kernel_fn)`:
     masks        MaskedArray, unmask_fn, and `mask_constant=` of apply_fn and kernel_fn
     your own     layer, requires, supports_masking, Diagonal, Bool; docs/infinite.md shows both ways
 
-Trained layers are scaled so that widths may go to infinity ('ntk' parameterisation: y = W x / sqrt(n)
-with standard normal W) or, on demand, as usual ('standard').
+Trained layers are scaled so that widths may go to infinity ('ntk' parameterisation: y = W x /
+sqrt(n) with standard normal W) or, on demand, as usual ('standard').
 """
 
 from tangents._infinite.compose import (
@@ -47,6 +47,50 @@ from tangents._infinite.layers.conv import Conv, ConvLocal, ConvTranspose
 from tangents._infinite.layers.dense import Dense, Embedding
 from tangents._infinite.layers.dropout import Dropout
 from tangents._infinite.layers.flatten import Flatten
+from tangents._infinite.layers.nonlinearity_elementwise import Elementwise, ElementwiseNumerical
+from tangents._infinite.layers.nonlinearity_kinked import (
+    ABRelu,
+    Abs,
+    LeakyRelu,
+    RectifiedMonomial,
+    Relu,
+    Sign,
+)
+from tangents._infinite.layers.nonlinearity_polynomial import Hermite, Monomial, Polynomial
+from tangents._infinite.layers.nonlinearity_smooth import (
+    Cos,
+    Erf,
+    Exp,
+    ExpNormalized,
+    Gabor,
+    Gaussian,
+    Gelu,
+    Rbf,
+    Sigmoid_like,
+    Sin,
+)
+from tangents._infinite.layers.nonlinearity_elementwise import Elementwise, ElementwiseNumerical
+from tangents._infinite.layers.nonlinearity_kinked import (
+    ABRelu,
+    Abs,
+    LeakyRelu,
+    RectifiedMonomial,
+    Relu,
+    Sign,
+)
+from tangents._infinite.layers.nonlinearity_polynomial import Hermite, Monomial, Polynomial
+from tangents._infinite.layers.nonlinearity_smooth import (
+    Cos,
+    Erf,
+    Exp,
+    ExpNormalized,
+    Gabor,
+    Gaussian,
+    Gelu,
+    Rbf,
+    Sigmoid_like,
+    Sin,
+)
 from tangents._infinite.layers.norm import LayerNorm, RMSNorm
 from tangents._infinite.layers.pool import AvgPool, GlobalAvgPool, GlobalSumPool, SumPool
 from tangents._infinite.layers.shape import Identity, ImageResize, Index, Slice
@@ -54,6 +98,8 @@ from tangents._infinite.layers.window import Padding
 from tangents._infinite.masking import MaskedArray, unmask_fn
 
 __all__ = [
+    "ABRelu",
+    "Abs",
     "Aggregate",
     "AggregateImplementation",
     "AttentionMechanism",
@@ -62,27 +108,46 @@ __all__ = [
     "Conv",
     "ConvLocal",
     "ConvTranspose",
+    "Cos",
     "Dense",
     "Diagonal",
     "DotGeneral",
     "Dropout",
+    "Elementwise",
+    "ElementwiseNumerical",
     "Embedding",
+    "Erf",
+    "Exp",
+    "ExpNormalized",
     "FanInConcat",
     "FanInProd",
     "FanInSum",
     "FanOut",
     "Flatten",
+    "Gabor",
+    "Gaussian",
+    "Gelu",
     "GlobalAvgPool",
     "GlobalSelfAttention",
     "GlobalSumPool",
+    "Hermite",
     "Identity",
     "ImageResize",
     "Index",
     "LayerNorm",
+    "LeakyRelu",
     "MaskedArray",
+    "Monomial",
     "Padding",
+    "Polynomial",
     "PositionalEmbedding",
     "RMSNorm",
+    "Rbf",
+    "RectifiedMonomial",
+    "Relu",
+    "Sigmoid_like",
+    "Sign",
+    "Sin",
     "Slice",
     "SumPool",
     "layer",

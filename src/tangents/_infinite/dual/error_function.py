@@ -1,0 +1,107 @@
+"""Duals of the error function and of GELU.
+
+Both contain E[Phi(u) Phi(v)], an arcsine of a correlation damped by the width of the step. Its
+complement is computed without cancellation from the angle of the pair: with
+q_i = 1 / (1 + k var_i), t_i = 1 - q_i = k var_i q_i and rho = cos(theta),
+
+    rho'  = k cov12 sqrt(q_1 q_2),
+    1 - rho'^2 = q_1 + t_1 q_2 + t_1 t_2 sin(theta)^2 > 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tangents._core.typing import Array
+from tangents._infinite.dual.angle import sine_squared
+from tangents._infinite.dual.form import Dual, DualKernel
+
+
+class Damped(NamedTuple):
+    """Correlation rho' of the pair after adding noise of variance 1/k to both: its two legs.
+
+    rest1, rest2: q_1, q_2 of the head of this file.
+    """
+
+    cosine: Array
+    sine: Array
+    rest1: Array
+    rest2: Array
+
+    @property
+    def arcsine(self) -> Array:
+        """arcsin(rho')."""
+        return jnp.arctan2(self.cosine, self.sine)
+
+
+def damped(k, cov12: Array, var1: Array, var2: Array) -> Damped:
+    """The damped correlation; `sine` is never zero."""
+    rest1, rest2 = 1 / (1 + k * var1), 1 / (1 + k * var2)
+    t1, t2 = k * var1 * rest1, k * var2 * rest2
+    squared = rest1 + t1 * rest2 + t1 * t2 * sine_squared(cov12, var1, var2)
+    cosine = k * cov12 * jnp.sqrt(rest1) * jnp.sqrt(rest2)
+    return Damped(cosine, jnp.sqrt(squared), rest1, rest2)
+
+
+# ---- phi(x) = a erf(b x) + c ---------------------------------------------------------------------
+
+
+def _erf(hyper, x: Array) -> Array:
+    return hyper["a"] * jax.scipy.special.erf(hyper["b"] * x) + hyper["c"]
+
+
+def _erf_dual(hyper, cov12, var1, var2, gap12=None) -> Dual:
+    a, b, c = hyper["a"], hyper["b"], hyper["c"]
+    k = 2 * b * b
+    pair = damped(k, cov12, var1, var2)
+    scale = a * a * (2 / math.pi)
+    slope = k * jnp.sqrt(pair.rest1) * jnp.sqrt(pair.rest2) / pair.sine
+    return Dual(scale * pair.arcsine + c * c, scale * slope)
+
+
+def _erf_diagonal(hyper, var: Array) -> Array:
+    return _erf_dual(hyper, var, var, var).nngp
+
+
+ERF = DualKernel(_erf, _erf_dual, _erf_diagonal)
+"""`hyper = {"a", "b", "c"}`: E = 2 a^2/pi arcsin(2 b^2 cov12 / sqrt((1 + 2 b^2 var1)(1 + 2 b^2
+var2))) + c^2 (Williams 1996, eq. 11)."""
+
+
+# ---- phi(x) = x Phi(x) ---------------------------------------------------------------------------
+
+
+def _gelu(hyper, x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _gelu_dual(hyper, cov12, var1, var2, gap12=None) -> Dual:
+    # With d = det(I + Sigma) = sine^2 / (rest1 rest2) and g the standard normal density,
+    # E[g(u) g(v)] = 1 / (2 pi sqrt(d)); Stein's lemma, applied twice, gives both expectations.
+    pair = damped(1, cov12, var1, var2)
+    rest = pair.rest1 * pair.rest2
+    root = pair.sine * jax.lax.rsqrt(rest)  # sqrt(d)
+    phi_phi = 0.25 + pair.arcsine / (2 * math.pi)
+    t1, t2 = var1 * pair.rest1, var2 * pair.rest2
+    nngp = cov12 * phi_phi + (t1 * t2 * root + cov12 * cov12 * rest / root) / (2 * math.pi)
+    inverse = rest / (pair.sine * pair.sine)  # 1 / d
+    d_nngp = phi_phi + cov12 / root * (pair.rest1 + pair.rest2 + inverse) / (2 * math.pi)
+    return Dual(nngp, d_nngp)
+
+
+def _gelu_diagonal(hyper, var: Array) -> Array:
+    return _gelu_dual(hyper, var, var, var).nngp
+
+
+GELU = DualKernel(_gelu, _gelu_dual, _gelu_diagonal)
+"""Tsuchida et al. 2020 ("Avoiding kernel fixed points: computing with ELU and GELU infinite
+networks", sec. 3.1), for unequal variances; no hyperparameters."""
+
+GELU_TANH = DualKernel(
+    lambda hyper, x: jax.nn.gelu(x, approximate=True), _gelu_dual, _gelu_diagonal
+)
+"""The tanh approximation of phi, with the dual of the exact one."""

@@ -1,0 +1,66 @@
+"""Nonlinearities: y = phi(x), element by element, on a Gaussian input.
+
+With the dual kernel of phi (see `tangents._infinite.dual`),
+
+    K' = E[phi(u) phi(v)],   T' = E[phi'(u) phi'(v)] T,   (u, v) ~ N(0, [[v1, K], [K, v2]])
+
+(Jacot et al. 2018, thm 1). A new nonlinearity is a dual in `dual/`, a function like those in
+`nonlinearity_*.py`, and a row in `tests/infinite/dual/table.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tangents._infinite.dual.form import DualKernel
+from tangents._infinite.graph import Node, hyper, node
+from tangents._infinite.layer import Layer
+from tangents._infinite.tile import Layout, Need, Tile
+
+
+@node
+class NonlinearityNode(Node):
+    """y = phi(x).
+
+    label: the name of the layer. kernel: phi and its dual. hyper: scalars of phi by name.
+    """
+
+    label: str
+    kernel: DualKernel
+    hyper: Any = hyper()
+    gaussian_input = True
+
+    @property
+    def name(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.label
+
+    def gaussian(self, incoming):
+        return False
+
+    def signal(self, signal):
+        if not signal.is_gaussian:
+            raise ValueError(
+                "The input to the activation function must be Gaussian, and the input to "
+                f"{self.name} is not: put a layer with random weights (Dense, Conv, ...) directly "
+                "before it"
+            )
+        return super().signal(signal)
+
+    def apply(self, params, x, *, mask=None, **kwargs):
+        return self.kernel.phi(self.hyper, x)
+
+    def needs(self, need):
+        return Need(need.tile, max(need.side, Layout.DIAGONAL))
+
+    def rule(self, context, tile):
+        var1, var2 = context.variances
+        dual = self.kernel.dual(self.hyper, tile.cov12, var1, var2, tile.gap12)
+        ntk = tile.ntk
+        if ntk is not None and ntk.ndim > 0:  # a zero without axes stays one
+            ntk = dual.d_nngp * ntk
+        return Tile(dual.nngp, ntk, dual.gap12)
+
+
+def nonlinearity(name: str, kernel: DualKernel, **hyper: Any) -> Layer:
+    """A layer from a dual kernel and the scalars of its nonlinearity."""
+    return Layer(NonlinearityNode(name, kernel, hyper))
