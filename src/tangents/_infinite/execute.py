@@ -276,7 +276,31 @@ def run(
         return _run_repeat(node, state, need, patterns, kwargs)
     if isinstance(need, list):  # FanOut: every copy has its own need
         return fit(step(node, state, node.needs(need), patterns), need)
-    return fit(step(node, fit(state, node.needs(need)), need, patterns), need)
+    return _layer_program(node, fit(state, node.needs(need)), need, patterns)
+
+
+@functools.partial(jax.jit, static_argnames=("need",))
+def _layer_program(node: Node, state: Any, need: Need, patterns: tuple[Any, Any]) -> Any:
+    """One layer, compiled by itself.
+
+    Called eagerly, layers of equal structure and shapes share one program, whatever network they
+    stand in, so compile time does not grow with depth, and what one layer hands to the next is the
+    same number for everybody who reads it: fused across layers, XLA on CPU recomputes it in each
+    reader with other roundings, which costs ReLU kernels half of their digits at equal inputs.
+    """
+    return _barrier(fit(step(node, state, need, patterns), need))
+
+
+def _barrier(state: Any) -> Any:
+    """Inside a program of many layers (under `jit`), keep the compiler from fusing across them.
+
+    Without it XLA on CPU recomputes whole layers inside later loops: 2 to 4 times slower, and
+    compile times that explode with depth.
+    """
+    if isinstance(state, (list, tuple)):
+        return state
+    tile, side1, side2 = jax.lax.optimization_barrier((state.tile, state.side1, state.side2))
+    return state.replace(tile=Tile(*tile), side1=side1, side2=side2)
 
 
 def _run_serial(node: Serial, state, need, patterns, kwargs):
@@ -308,56 +332,3 @@ def _run_repeat(node: Repeat, state, need, patterns, kwargs):
 
             return jax.lax.scan(turn, state, None, length=turns)[0]
     return state
-
-
-class _Frozen(tuple):
-    """A list of needs as a hashable static argument."""
-
-
-def freeze(need: Any) -> Any:
-    """Needs as something a jitted function takes as static argument."""
-    return need if isinstance(need, Need) else _Frozen(freeze(n) for n in need)
-
-
-def thaw(need: Any) -> Any:
-    """The inverse of `freeze`."""
-    return [thaw(n) for n in need] if isinstance(need, _Frozen) else need
-
-
-def run_segments(node: Node, state, need, patterns, kwargs) -> Any:
-    """`run`, with every stretch between `Kernel -> Kernel` layers compiled."""
-    if not any_node(node, is_cut):
-        return _run_frozen(node, state, freeze(need), patterns)
-    if isinstance(node, Serial):
-        for segment, n in _segments(node, need):
-            state = (
-                run_segments(segment, state, n, patterns, kwargs)
-                if (not any_node(segment, is_cut))
-                else run(segment, state, n, patterns, kwargs)
-            )
-        return state
-    return run(node, state, need, patterns, kwargs)
-
-
-@functools.partial(jax.jit, static_argnames=("need",))
-def _run_frozen(node, state, need, patterns):
-    return run(node, state, thaw(need), patterns, {})
-
-
-def _segments(node: Serial, need: Any):
-    """Stretches of a serial network without a cut, and the cuts between them, with their needs."""
-    needs = [need]
-    for child in reversed(node.nodes):
-        needs.append(child.needs(needs[-1]))
-    needs = needs[::-1]  # needs[i + 1]: at the output of layer i
-    stretch: list[Node] = []
-    for i, child in enumerate(node.nodes):
-        if any_node(child, is_cut):
-            if stretch:
-                yield Serial(tuple(stretch), node.start + i - len(stretch)), needs[i]
-            stretch = []
-            yield Serial((child,), node.start + i), needs[i + 1]
-        else:
-            stretch.append(child)
-    if stretch:
-        yield Serial(tuple(stretch), node.start + len(node.nodes) - len(stretch)), needs[-1]

@@ -180,7 +180,7 @@ class KernelFn:
         return choose(result, names)
 
     def _from_kernel(self, kernel, want_ntk, want_sides, pattern, diagonal_spatial, kwargs):
-        from tangents._infinite.execute import run_segments
+        from tangents._infinite.execute import run
         from tangents._infinite.graph import join_needs
 
         node = cast_hyperparameters(self.node)
@@ -193,7 +193,7 @@ class KernelFn:
         need = plan.need._replace(tile=layout, side=layout if want_sides else plan.need.side)
         patterns = _pattern_pair(pattern)
         extra = dict(kwargs) if pattern is None else {**kwargs, "pattern": pattern}
-        state = run_segments(node, to_state(kernel), need, patterns, extra)
+        state = run(node, to_state(kernel), need, patterns, extra)
         return from_state(state, leaf.x1_is_x2, want_ntk)
 
     def _from_inputs(self, plan: Plan, x1, x2, pattern, mask_constant, memory, kwargs):

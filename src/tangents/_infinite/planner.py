@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tangents._infinite.execute import freeze, run, run_segments, thaw
+from tangents._infinite.execute import run
 from tangents._infinite.graph import Node, any_node, first_axes, join_needs
 from tangents._infinite.inputs import input_state, warn_batch_axis
 from tangents._infinite.tile import Layout, Need
@@ -92,15 +92,15 @@ def make_plan(
         )
     side_pairs = side_pairs or diagonal_batch is False
     axes = _default_axes(_tree_like(x, first_axes(node), _join_axes))
-    return Plan(need, freeze(needs), _freeze_axes(axes), side_pairs, want_ntk)
+    return Plan(need, _freeze(needs), _freeze(axes), side_pairs, want_ntk)
 
 
-def _freeze_axes(axes: Any) -> Any:
-    return _AxesList(_freeze_axes(a) for a in axes) if isinstance(axes, list) else axes
+class _PerInput(tuple):
+    """Values for several inputs, hashable (their own values may be tuples)."""
 
 
-class _AxesList(tuple):
-    """Axes of several inputs, hashable."""
+def _freeze(values: Any) -> Any:
+    return _PerInput(_freeze(v) for v in values) if isinstance(values, list) else values
 
 
 def input_states(plan: Plan, x1, x2, mask1, mask2, x1_is_x2, index) -> Any:
@@ -112,31 +112,26 @@ def input_states(plan: Plan, x1, x2, mask1, mask2, x1_is_x2, index) -> Any:
             x2 = [None] * n if x2 is None else x2
             m1 = [None] * n if m1 is None else m1
             m2 = [None] * n if m2 is None else m2
-            need = need if isinstance(need, list) else [need] * n
+            need = need if isinstance(need, _PerInput) else [need] * n
             return [build(*args) for args in zip(x1, x2, m1, m2, axes, need, strict=True)]
         return input_state(
             x1, x2, m1, m2, axes, need, x1_is_x2, plan.want_ntk, plan.side_pairs, index
         )
 
-    return build(x1, x2, mask1, mask2, plan.axes, thaw(plan.input_need))
+    return build(x1, x2, mask1, mask2, plan.axes, plan.input_need)
 
 
 @functools.partial(jax.jit, static_argnames=("plan",))
-def _whole(node, x1, x2, mask1, mask2, x1_is_x2, index, patterns, plan):
-    states = input_states(plan, x1, x2, mask1, mask2, x1_is_x2, index)
-    return run(node, states, plan.need, patterns, {})
+def _compiled_inputs(plan, x1, x2, mask1, mask2, x1_is_x2, index):
+    return input_states(plan, x1, x2, mask1, mask2, x1_is_x2, index)
 
 
 def compute(
     node: Node, plan: Plan, x1, x2, mask1, mask2, x1_is_x2, index, patterns, kwargs: dict[str, Any]
 ) -> Any:
-    """The state at the output of a network: one compiled program, or one for each segment."""
-    from tangents._infinite.execute import is_cut
-
-    if not any_node(node, is_cut):
-        return _whole(node, x1, x2, mask1, mask2, x1_is_x2, index, patterns, plan)
-    states = input_states(plan, x1, x2, mask1, mask2, x1_is_x2, index)
-    return run_segments(node, states, plan.need, patterns, kwargs)
+    """The state at the output of a network."""
+    states = _compiled_inputs(plan, x1, x2, mask1, mask2, x1_is_x2, index)
+    return run(node, states, plan.need, patterns, kwargs)
 
 
 def cast_hyperparameters(node: Node) -> Node:
@@ -154,7 +149,7 @@ def check_batch_axes(plan: Plan) -> None:
     """Warn where a batch axis is not in front."""
 
     def check(axes):
-        if isinstance(axes, _AxesList):
+        if isinstance(axes, _PerInput):
             for a in axes:
                 check(a)
         else:
