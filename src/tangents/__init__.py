@@ -28,6 +28,8 @@ from tangents._inference.regression import (
 )
 from tangents._inference.solution import Solution, SolveError
 from tangents._inference.solve import solve
+from tangents._scale.batch import batch
+from tangents._scale.monte_carlo import MonteCarloEstimate, monte_carlo_kernel_fn
 from tangents._version import __version__
 
 # Models of any framework.
@@ -37,12 +39,14 @@ __all__ = [
     "Calibration",
     "ClassCalibration",
     "KernelRegression",
+    "MonteCarloEstimate",
     "NTKOperator",
     "NetworkPosterior",
     "NtkImplementation",
     "Solution",
     "SolveError",
     "__version__",
+    "batch",
     "calibration",
     "class_calibration",
     "class_probabilities",
@@ -55,6 +59,7 @@ __all__ = [
     "leave_one_out",
     "linearize",
     "log_marginal_likelihood",
+    "monte_carlo_kernel_fn",
     "network_posterior",
     "ntk_operator",
     "predict",

@@ -1,0 +1,1 @@
+"""Kernels larger than one computation: tiles, devices, samples."""

@@ -1,0 +1,319 @@
+"""Kernel functions in tiles: rows of x1 by rows of x2, on one or many devices.
+
+Tiles have the size asked for and the last ones are ragged: no divisor is looked for. A kernel of a
+set with itself is symmetric, so where `x2 is None` only the tiles on and below the diagonal are
+computed and the others are their mirror images.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import random
+
+from tangents._core.memory import chunks
+from tangents._core.typing import Array, PyTree
+from tangents._infinite.kernel import Kernel
+
+KernelFn = Callable[..., Any]
+
+
+def batch(
+    kernel_fn: KernelFn,
+    batch_size: int = 0,
+    device_count: int = -1,
+    store_on_device: bool = True,
+) -> KernelFn:
+    r"""A kernel function that computes its result in tiles of `batch_size` × `batch_size` examples.
+
+    Args:
+        kernel_fn: `kernel_fn(x1, x2, *args, **kwargs)` with examples on axis 0 of each input: of
+            `stax`, `empirical_*_fn` or `monte_carlo_kernel_fn`. Its result may be an array, a
+            `Kernel`, or named tuples and lists of these, with n1 and n2 on axes 0 and 1.
+        batch_size: examples on each side of a tile; 0 takes all at once.
+        device_count: devices that share the tiles; -1 takes all local ones, 0 the default one.
+        store_on_device: whether finished tiles stay where they were computed; otherwise they are
+            moved to the memory of the host.
+
+    Returns:
+        A function of the same signature. It is compiled inside; do not jit it. Arguments that are
+        not arrays must be hashable. Array keyword arguments are pairs with examples on axis 0 (such
+        as `pattern`) or a key `rng`, which is split over the tiles. `x1` may be a `Kernel`, from
+        which `kernel_fn` goes on. With more than one device it has an attribute `device_count`.
+
+    Raises:
+        ValueError: for sizes that make no sense, or an x2 beside a `Kernel`.
+        NotImplementedError: for `diagonal_batch=False`, whose covariances have no tiles.
+        TypeError: for results that cannot be tiled.
+
+    Example:
+        >>> import jax.numpy as jnp, tangents
+        >>> gram = lambda x1, x2: x1 @ (x1 if x2 is None else x2).T
+        >>> tangents.batch(gram, batch_size=2)(jnp.ones((5, 3))).shape
+        (5, 5)
+    """
+    if batch_size < 0:
+        raise ValueError(f"batch: batch_size={batch_size} is negative; 0 means all at once.")
+    devices = jax.local_devices()
+    if device_count > len(devices):
+        raise ValueError(f"batch: device_count={device_count}, but there are {len(devices)}.")
+    used = devices if device_count < 0 else devices[:device_count]
+    spread = used if len(used) > 1 or device_count > 0 else []
+
+    @functools.cache
+    def compiled(static_args: tuple, static_kwargs: tuple):
+        def call(x1, x2, dynamic_args, dynamic_kwargs):
+            args = [d if s is _DYNAMIC else s for s, d in zip(static_args, dynamic_args)]
+            return kernel_fn(x1, x2, *args, **dynamic_kwargs, **dict(static_kwargs))
+
+        return jax.jit(call)
+
+    def batched(x1: PyTree, x2: PyTree | None = None, *args: Any, **kwargs: Any):
+        """The kernel in tiles; see `batch`."""
+        _check(x1, x2, kwargs)
+        is_array = [_is_dynamic(a) for a in args]
+        static_args = tuple(_DYNAMIC if d else a for d, a in zip(is_array, args))
+        dynamic_args = [a if d else None for d, a in zip(is_array, args)]
+        dynamic = {k: v for k, v in kwargs.items() if _is_dynamic(v)}
+        static = tuple((k, v) for k, v in kwargs.items() if k not in dynamic)
+        run = compiled(static_args, static)
+        n1 = _examples(x1)
+        n2 = x1.nngp.shape[1] if isinstance(x1, Kernel) else n1 if x2 is None else _examples(x2)
+        rows, columns = _tiling(n1, n2, batch_size, len(spread))
+        if len(rows) * len(columns) <= 1 and not spread:
+            return run(x1, x2, dynamic_args, dynamic)
+        tile = _TileRunner(run, x1, x2, dynamic_args, dynamic, spread, len(rows) * len(columns))
+        return _assemble(tile, rows, columns, store_on_device)
+
+    if len(spread) > 0:
+        batched.device_count = len(spread)  # pyright: ignore[reportFunctionMemberAccess]
+    return batched
+
+
+class _Dynamic:
+    """Stands for an array among the arguments a compiled function is looked up by."""
+
+
+_DYNAMIC = _Dynamic()
+
+
+def _is_dynamic(value: Any) -> bool:
+    leaves = jax.tree.leaves(value)
+    return bool(leaves) and all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
+
+
+def _check(x1: PyTree, x2: PyTree | None, kwargs: dict[str, Any]) -> None:
+    if isinstance(x1, Kernel):
+        if x2 is not None:
+            raise ValueError("batch: x1 is a Kernel, which has both sides: x2 must be None.")
+        if not x1.diagonal_batch:
+            raise NotImplementedError("batch: a Kernel with diagonal_batch=False has no tiles.")
+    if kwargs.get("diagonal_batch") is False:
+        raise NotImplementedError(
+            "batch: diagonal_batch=False keeps covariances between all examples of one side, which "
+            "have no tiles: call kernel_fn itself."
+        )
+
+
+def _examples(x: PyTree) -> int:
+    if isinstance(x, Kernel):
+        return x.nngp.shape[0]
+    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(x)}
+    if len(sizes) != 1:
+        raise ValueError(f"batch: inputs have {sorted(sizes)} examples on axis 0; they must agree.")
+    return sizes.pop()
+
+
+def _tiling(n1: int, n2: int, batch_size: int, devices: int) -> tuple[list[slice], list[slice]]:
+    if batch_size:
+        return list(chunks(n1, batch_size)), list(chunks(n2, batch_size))
+    # All at once: one tile, or one block of rows for each device.
+    per_device = math.ceil(n1 / max(devices, 1))
+    return list(chunks(n1, per_device)), list(chunks(n2, n2))
+
+
+class _TileRunner:
+    """Computes one tile, on the device whose turn it is."""
+
+    def __init__(self, run, x1, x2, args, kwargs, devices, tiles: int):
+        self.run, self.x1, self.x2, self.args = run, x1, x2, args
+        self.symmetric = x2 is None and not isinstance(x1, Kernel)
+        self.kwargs, self.devices, self.turn = kwargs, devices, 0
+        self.keys = None
+        if kwargs.get("rng") is not None and not isinstance(kwargs["rng"], tuple):
+            self.keys = random.split(kwargs["rng"], tiles)
+
+    def __call__(self, row: slice, column: slice) -> Any:
+        part = lambda x, s: jax.tree.map(lambda a: a[s], x)
+        if isinstance(self.x1, Kernel):
+            x1, x2 = self.x1.slice(row, column), None
+        elif self.symmetric and row == column:
+            x1, x2 = part(self.x1, row), None
+        else:
+            x1, x2 = part(self.x1, row), part(self.x1 if self.symmetric else self.x2, column)
+        kwargs = {}
+        for name, value in self.kwargs.items():
+            if name == "rng":
+                kwargs[name] = value if self.keys is None else self.keys[self.turn]
+            elif isinstance(value, tuple) and len(value) == 2:
+                kwargs[name] = (part(value[0], row), part(value[1], column))
+            else:
+                raise ValueError(
+                    f"batch: the array argument {name} is not a pair: pass ({name} of x1, {name} "
+                    "of x2), each with examples on axis 0."
+                )
+        inputs = (x1, x2, self.args, kwargs)
+        if self.devices:
+            inputs = jax.device_put(inputs, self.devices[self.turn % len(self.devices)])
+        self.turn += 1
+        return self.run(*inputs)
+
+
+def _assemble(
+    tile: _TileRunner, rows: list[slice], columns: list[slice], store_on_device: bool
+) -> Any:
+    """All tiles in one result; of a symmetric one, half are computed if mirroring is safe."""
+    first = tile(rows[0], columns[0])
+    leaves, structure = _flatten(first)
+    mirror = tile.symmetric and rows == columns and all(_can_mirror(leaf) for leaf in leaves)
+    grid: list[list[list[Any]]] = []  # [row][column][leaf]
+    for i, row in enumerate(rows):
+        line = []
+        for j, column in enumerate(columns):
+            if i == j == 0:
+                found = leaves
+            elif mirror and j > i:
+                found = [None] * len(leaves)
+            else:
+                found = _flatten(tile(row, column))[0]
+            line.append([_stored(leaf, store_on_device) for leaf in found])
+        grid.append(line)
+    if mirror:
+        for i in range(len(rows)):
+            for j in range(i + 1, len(rows)):
+                grid[i][j] = [_mirrored(leaf) for leaf in grid[j][i]]
+    merged = [
+        _merge([[cell[m] for cell in line] for line in grid], tile.symmetric)
+        for m in range(len(leaves))
+    ]
+    return jax.tree.unflatten(structure, merged)
+
+
+def _flatten(result: Any) -> tuple[list[Any], Any]:
+    return jax.tree.flatten(result, is_leaf=lambda a: isinstance(a, Kernel))
+
+
+def _stored(leaf: Any, store_on_device: bool) -> Any:
+    if store_on_device or leaf is None:
+        return leaf
+    return jax.device_put(leaf, jax.local_devices(backend="cpu")[0])
+
+
+def _can_mirror(leaf: Any) -> bool:
+    # Of an array with more axes nobody says whether they come in pairs: such tiles are computed.
+    return leaf.batch_axis == 0 if isinstance(leaf, Kernel) else leaf.ndim == 2
+
+
+def _swap(a: Array, diagonal: bool) -> Array:
+    """Exchange the indices of each pair of axes; `diagonal` axes beyond the first two stay."""
+    axes = [1, 0]
+    for i in range(2, a.ndim, 1 if diagonal else 2):
+        axes += [i] if diagonal else [i + 1, i]
+    return jnp.transpose(a, axes)
+
+
+def _mirrored(leaf: Any) -> Any:
+    if not isinstance(leaf, Kernel):
+        return leaf.T
+    swap = lambda a: a if a is None or jnp.ndim(a) < 2 else _swap(a, leaf.diagonal_spatial)
+    cov1 = leaf.cov1 if leaf.cov2 is None else leaf.cov2
+    return leaf.replace(
+        nngp=swap(leaf.nngp),
+        ntk=swap(leaf.ntk),
+        cov1=cov1,
+        cov2=leaf.cov1,
+        shape1=leaf.shape2,
+        shape2=leaf.shape1,
+        mask1=leaf.mask2,
+        mask2=leaf.mask1,
+    )
+
+
+def _merge(grid: list[list[Any]], symmetric: bool) -> Any:
+    """One leaf of all tiles, put together."""
+    if isinstance(grid[0][0], Kernel):
+        return _merge_kernels(grid, symmetric)
+    if not hasattr(grid[0][0], "ndim") or grid[0][0].ndim < 2:
+        raise TypeError(
+            f"batch: kernel_fn returned a {type(grid[0][0]).__name__}; tiles need arrays of shape "
+            "(n1, n2, ...), Kernels, or named tuples and lists of these."
+        )
+    return _merge_arrays(grid)
+
+
+def _merge_arrays(grid: list[list[Array]]) -> Array:
+    flat = [a for line in grid for a in line]
+    if any(isinstance(a, jax.core.Tracer) for a in flat):
+        return jnp.concatenate([jnp.concatenate(line, axis=1) for line in grid], axis=0)
+    devices = {d for a in flat for d in a.devices()}
+    if any(d.platform != "cpu" for d in devices):
+        target = grid[0][0].devices().copy().pop()
+        line = [jnp.concatenate([jax.device_put(a, target) for a in row], axis=1) for row in grid]
+        return jnp.concatenate(line, axis=0)
+    # On the host tiles are written where they belong, without copies of whole rows in between.
+    n1 = sum(line[0].shape[0] for line in grid)
+    n2 = sum(a.shape[1] for a in grid[0])
+    out = np.empty((n1, n2, *grid[0][0].shape[2:]), grid[0][0].dtype)
+    top = 0
+    for line in grid:
+        left = 0
+        for a in line:
+            out[top : top + a.shape[0], left : left + a.shape[1]] = a
+            left += a.shape[1]
+        top += line[0].shape[0]
+    return jnp.asarray(out)
+
+
+def _merge_kernels(grid: list[list[Kernel]], symmetric: bool) -> Kernel:
+    corner = grid[0][0]
+    column, row = [line[0] for line in grid], grid[0]
+
+    def both(name: str) -> Any:
+        values = [[getattr(k, name) for k in line] for line in grid]
+        first = values[0][0]
+        return first if first is None or jnp.ndim(first) < 2 else _merge_arrays(values)
+
+    def beside(values: list[Any]) -> Any:
+        return None if any(v is None for v in values) else jnp.concatenate(values, axis=0)
+
+    def shape(kernels: list[Kernel], name: str) -> tuple[int, ...]:
+        total = sum(getattr(k, name)[k.batch_axis] for k in kernels)
+        sizes = list(getattr(kernels[0], name))
+        sizes[corner.batch_axis] = total
+        return tuple(sizes)
+
+    if symmetric:
+        # On the diagonal a tile has no second side: its cov1 stands for both.
+        cov1, cov2 = beside([line[i].cov1 for i, line in enumerate(grid)]), None
+    else:
+        cov1 = beside([k.cov1 for k in column])
+        cov2 = beside([k.cov2 for k in row])
+    same = [jnp.asarray(k.x1_is_x2) for line in grid for k in line]
+    return corner.replace(
+        nngp=both("nngp"),
+        ntk=both("ntk"),
+        cov1=cov1,
+        cov2=cov2,
+        x1_is_x2=jnp.asarray(True) if symmetric else jnp.all(jnp.stack(same)),
+        shape1=shape(column, "shape1"),
+        shape2=shape(row, "shape2"),
+        mask1=beside([k.mask1 for k in column]),
+        mask2=beside([k.mask2 for k in row]),
+    )
