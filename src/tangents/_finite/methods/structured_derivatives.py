@@ -9,137 +9,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import tree_util
+from jax import lax
 
 from tangents._core.axes import PairAxes
+from tangents._core.memory import MemoryLike, format_bytes, resolve_budget
 from tangents._core.typing import Array
-from tangents._finite.problem import Problem, Side
+from tangents._finite import cost
+from tangents._finite.cost import Extent, Footprint, Form
+from tangents._finite.problem import Problem
 from tangents._finite.structure import contraction
-from tangents._finite.structure.analysis import Analysis
 from tangents._finite.structure.contraction import Factors, Layout
-from tangents._finite.structure.execution import Execution
+from tangents._finite.structure.passes import Passes, Traced
 
 
-def kernels(problem: Problem, axes: list[PairAxes]) -> list[Array]:
+@dataclass(frozen=True)
+class Options:
+    """How structured derivatives work; every setting gives the same numbers."""
+
+    factor: bool = True
+    """Use rules for factored derivatives (`_j_rules`)."""
+    follow: bool = True
+    """Follow weights through transposes, slices and scalings (`_s_rules`)."""
+    forward: bool = False
+    """Cotangents by forward mode (`_fwd`)."""
+    form: str | None = None
+    """'outer' or 'pairs' instead of the cheaper."""
+    memory: MemoryLike = None
+    """Budget for what is worked on beside inputs, parameters and the result."""
+    chunks: Callable[[Extent], Extent] | None = None
+    """How many examples and seeds to work on at once, instead of what fits the budget."""
+
+
+def kernels(problem: Problem, axes: list[PairAxes], options: Options | None = None) -> list[Array]:
     """Kernel of each output leaf."""
-    side1 = Linearised(problem, problem.side1)
-    side2 = side1 if problem.symmetric else Linearised(problem, problem.side2)
-    return [_kernel(side1, side2, k, pair, problem) for k, pair in enumerate(axes)]
-
-
-class Linearised:
-    """One side: its analysis, activations, and the backward pass to its probes."""
-
-    def __init__(self, problem: Problem, side: Side, *, factor: bool = True, follow: bool = True):
-        """Run the forward pass of `side`."""
-        self.problem, self.side = problem, side
-        spec = side.vmap
-        leaves, treedef = tree_util.tree_flatten(side.x)
-        run: Callable[..., list[Array]]
-        if spec is None:
-            mapped_kwargs: dict[str, Any] = {}
-            run = lambda weights, x, kw: problem.f(weights, unflatten(x), side.kwargs)
-        else:
-            mapped_kwargs = {name: side.kwargs[name] for name in spec.kwargs_axes}
-            one = spec.per_example(problem.f)
-            run = lambda weights, x, kw: one(weights, unflatten(x), {**side.kwargs, **kw})
-        is_array = [hasattr(x, "dtype") or isinstance(x, float) for x in leaves]
-        arrays = [jnp.asarray(x) for x, yes in zip(leaves, is_array, strict=True) if yes]
-
-        def unflatten(x):
-            given = iter(x)
-            return treedef.unflatten(
-                [next(given) if yes else leaf for leaf, yes in zip(leaves, is_array, strict=True)]
-            )
-
-        in_axes = [-1] * len(arrays)
-        if spec is not None:
-            all_axes = tree_util.tree_leaves(spec.in_axes)
-            in_axes = [a for a, yes in zip(all_axes, is_array, strict=True) if yes]
-        kwargs_axes = {} if spec is None else spec.kwargs_axes
-        without = lambda axis, x: jax.ShapeDtypeStruct(
-            tuple(n for k, n in enumerate(jnp.shape(x)) if k != axis), jnp.asarray(x).dtype
-        )
-        example = [without(a, x) for a, x in zip(in_axes, arrays, strict=True)]
-        example_kwargs = tree_util.tree_map(without, kwargs_axes, mapped_kwargs)
-        closed = jax.make_jaxpr(run)(problem.leaves, example, example_kwargs)
-        self.analysis = Analysis(
-            closed,
-            problem.leaves,
-            problem.leaf_names,
-            caller=problem.caller,
-            factor=factor,
-            follow=follow,
-        )
-        execution = Execution(self.analysis)
-        self.execution = execution
-
-        def network(probes, x, kw):
-            flat = [*problem.leaves, *x, *tree_util.tree_leaves(kw)]
-            return execution.run(flat, probes)
-
-        self.probes = dict(enumerate(self.analysis.probes))
-        if spec is None:
-            self.size = None
-            passes = lambda probes: network(probes, arrays, mapped_kwargs)
-        else:
-            self.size = spec.size
-            unmapped = lambda axis: None if axis < 0 else axis
-            axes = (
-                0,
-                [unmapped(a) for a in in_axes],
-                tree_util.tree_map(unmapped, kwargs_axes),
-            )
-            batched = jax.vmap(network, in_axes=axes)
-            passes = lambda probes: batched(probes, arrays, mapped_kwargs)
-        lead = () if self.size is None else (self.size,)
-        zeros = {
-            k: jnp.zeros((*lead, *probe.shape), probe.dtype) for k, probe in self.probes.items()
-        }
-        self.outputs, self._pull, self.kept = jax.vjp(passes, zeros, has_aux=True)
-
-    @property
-    def mapped(self) -> bool:
-        """Whether arrays have an axis of examples in front."""
-        return self.size is not None
-
-    def cotangents(self, leaf: int, seeds: np.ndarray) -> dict[int, Array]:
-        """For each probe the derivative of some entries of an output in it.
-
-        `seeds` are flat indices into the output (of one example), shape (traced, kept, output);
-        results have shape (examples if mapped, traced, kept, output, probe).
-        """
-        flat = seeds.reshape(-1)
-
-        def row(index):
-            filled = []
-            for k, y in enumerate(self.outputs):
-                if k != leaf:
-                    filled.append(jnp.zeros_like(y))
-                    continue
-                shape = y.shape[1:] if self.mapped else y.shape
-                one = jnp.arange(math.prod(shape)) == index
-                filled.append(jnp.broadcast_to(one.reshape(shape).astype(y.dtype), y.shape))
-            return self._pull(filled)[0]
-
-        at = 1 if self.mapped else 0
-        rows = jax.vmap(row, out_axes=at)(jnp.asarray(flat))
-        return {
-            k: r.reshape(*r.shape[:at], *seeds.shape, *r.shape[at + 1 :]) for k, r in rows.items()
-        }
-
-    def factors(self, cotangents: dict[int, Array]) -> list[Factors]:
-        """Factors of each use."""
-        return [
-            contraction.factors(use, self.kept.get(k), cotangents[use.probe], self.mapped)
-            for k, use in enumerate(self.analysis.uses)
-        ]
+    options = options or Options()
+    trace = lambda side: Traced(problem, side, factor=options.factor, follow=options.follow)
+    side1 = trace(problem.side1)
+    side2 = side1 if problem.symmetric else trace(problem.side2)
+    return [
+        LeafKernel(side1, side2, leaf, pair, options).compute() for leaf, pair in enumerate(axes)
+    ]
 
 
 @dataclass(frozen=True)
@@ -151,6 +65,7 @@ class Seeds:
     kept: tuple[int, ...]
     """Sizes of the kept axes."""
     paired: tuple[int, ...]
+    """Sizes of the paired axes."""
 
     @classmethod
     def of(cls, shape: Sequence[int], pair: PairAxes, batch: int | None) -> Seeds:
@@ -162,118 +77,294 @@ class Seeds:
         inner = tuple(shape[a] for a in position)
         sizes = [tuple(shape[a] for a in group) for group in groups]
         order = [position[a] for group in groups for a in group]
-        flat = np.arange(math.prod(inner)).reshape(inner).transpose(order)
+        flat = np.arange(math.prod(inner), dtype=np.int32).reshape(inner).transpose(order)
         return cls(flat.reshape([math.prod(s) for s in sizes]), sizes[1], sizes[2])
 
 
-def _kernel(
-    side1: Linearised, side2: Linearised, leaf: int, pair: PairAxes, problem: Problem
-) -> Array:
-    spec = side1.side.vmap
-    batch = None if spec is None else spec.out_axes[leaf]
-    shape1 = side1.side.outputs[leaf].shape
-    shape2 = side2.side.outputs[leaf].shape
-    seeds1, seeds2 = Seeds.of(shape1, pair, batch), Seeds.of(shape2, pair, batch)
-    layout = Layout(
-        mapped=batch is not None,
-        same_examples=batch is not None and batch not in pair.pairs,
-        sum_examples=batch is not None and batch in pair.trace,
-        precision=problem.precision,
-    )
-    factors1 = side1.factors(side1.cotangents(leaf, seeds1.indices))
-    same = side2 is side1
-    factors2 = factors1 if same else side2.factors(side2.cotangents(leaf, seeds2.indices))
-    total = _sum_over_weights(side1, side2, factors1, factors2, layout)
-    if total is None:
-        total = jnp.zeros(pair.kernel_shape(shape1, shape2), side1.side.outputs[leaf].dtype)
-        return total
-    return _arrange(total, pair, layout, seeds1, seeds2, batch, shape1)
+class LeafKernel:
+    """The kernel of one output leaf."""
 
+    def __init__(self, side1: Traced, side2: Traced, leaf: int, pair: PairAxes, options: Options):
+        """Choose forms and chunks."""
+        self.side1, self.side2, self.leaf, self.pair = side1, side2, leaf, pair
+        self.same, self.options = side1 is side2, options
+        spec = side1.side.vmap
+        self.batch = None if spec is None else spec.out_axes[leaf]
+        self.shape1 = side1.side.outputs[leaf].shape
+        self.shape2 = side2.side.outputs[leaf].shape
+        self.seeds1 = Seeds.of(self.shape1, pair, self.batch)
+        self.seeds2 = Seeds.of(self.shape2, pair, self.batch)
+        self.layout = Layout(
+            mapped=self.batch is not None,
+            same_examples=self.batch is not None and self.batch not in pair.pairs,
+            sum_examples=self.batch is not None and self.batch in pair.trace,
+            precision=side1.problem.precision,
+        )
+        traced, kept, output1 = self.seeds1.indices.shape
+        size1, size2 = side1.size or 1, side2.size or 1
+        self.extent = Extent(size1, size2, traced, kept, output1, self.seeds2.indices.shape[2])
+        self.footprints = (Footprint.of(side1.analysis), Footprint.of(side2.analysis))
+        self.chunks, self.dense, self.forms = self._plan()
 
-def _arrange(
-    kernel: Array,
-    pair: PairAxes,
-    layout: Layout,
-    seeds1: Seeds,
-    seeds2: Seeds,
-    batch: int | None,
-    shape1: Sequence[int],
-) -> Array:
-    """From (examples, kept, outputs, outputs′) to the layout of `pair`, averaged over traces."""
-    count = len(layout.result) - 3
-    kernel = kernel.reshape(*kernel.shape[:count], *seeds1.kept, *seeds1.paired, *seeds2.paired)
-    kept = [a for a in pair.diagonal if a != batch]
-    paired = [a for a in pair.pairs if a != batch]
-    # Where the index (or the two indices) of each output axis stand now.
-    where: dict[int, list[int]] = {a: [count + k] for k, a in enumerate(kept)}
-    first = count + len(kept)
-    where |= {a: [first + k, first + len(paired) + k] for k, a in enumerate(paired)}
-    if batch is not None and batch not in pair.trace:
-        where[batch] = list(range(count))
-    order = [k for a in range(pair.ndim) if a not in pair.trace for k in where[a]]
-    return jnp.transpose(kernel, order) / max(pair.trace_size(shape1), 1)
+    def _plan(self) -> tuple[Extent, set[int], dict[int, Form]]:
+        """The largest chunks that fit the budget, and the forms for these."""
+        chunks = (self.options.chunks or (lambda extent: extent))(self.extent)
+        budget = None if self.options.chunks else resolve_budget(self.options.memory)
+        while True:
+            dense, forms = self._forms(chunks)
+            needed = self._bytes(chunks, forms)
+            if budget is None or needed <= budget:
+                return chunks, dense, forms
+            smaller = self._smaller(chunks)
+            if smaller is None:
+                raise ValueError(
+                    f"{self.side1.problem.caller}: memory={self.options.memory!r} is "
+                    f"{format_bytes(budget)}, but the smallest chunk, one example and one output "
+                    f"at a time, needs about {format_bytes(needed)} beside inputs, parameters and "
+                    f"the result. Pass memory={format_bytes(1.05 * needed).replace(' ', '')!r} or "
+                    "more"
+                    + ("." if self.layout.mapped else ", or vmap_axes if examples are independent.")
+                )
+            chunks = smaller
 
+    def _bytes(self, chunks: Extent, forms: dict[int, Form]) -> int:
+        itemsize = max(
+            x.dtype.itemsize for x in (*self.side1.side.outputs, *self.side1.problem.leaves)
+        )
+        # Blocks of a symmetric kernel are of two sides like those of any other.
+        same = self.same and chunks == self.extent
+        return cost.working_bytes(*self.footprints, forms.values(), chunks, itemsize, same)
 
-def _sum_over_weights(
-    side1: Linearised,
-    side2: Linearised,
-    factors1: list[Factors],
-    factors2: list[Factors],
-    layout: Layout,
-) -> Array | None:
-    """The kernel's sum over weights, labels `layout.result`."""
-    same = side1 is side2
-    dense1 = _dense_weights(side1)
-    dense2 = dense1 if same else _dense_weights(side2)
-    terms: list[Array] = []
-    weights = range(len(side1.problem.leaves))
-    dense: set[int] = dense1 | dense2
-    for weight in weights:
-        if weight in dense:
-            continue
-        mine1 = [f for f in factors1 if f.use.root == weight]
-        mine2 = [f for f in factors2 if f.use.root == weight]
-        paired = _pairs(mine1, mine2, side1, layout, same)
-        if paired is None:
-            dense.add(weight)
-        else:
-            terms += paired
-    if dense:
-        gradients1 = _gradients(side1, factors1, dense, layout)
-        gradients2 = gradients1 if same else _gradients(side2, factors2, dense, layout)
-        for weight in sorted(dense & set(gradients1) & set(gradients2)):
-            terms.append(contraction.multiply(gradients1[weight], gradients2[weight], layout))
-    total = None
-    for term in terms:
-        total = term if total is None else total + term.astype(total.dtype)
-    return total
+    def _smaller(self, chunks: Extent) -> Extent | None:
+        """The next smaller chunks: seeds first, for examples in chunks repeat forward passes."""
+        halved = lambda name: replace(chunks, **{name: -(-getattr(chunks, name) // 2)})
+        for least, names in (
+            (8, ("traced",)),
+            (4, ("kept", "output2", "output1")),
+            (8, ("examples",)),
+            (1, ("traced", "kept", "output2", "output1")),
+            (1, ("examples",)),
+        ):
+            for name in names:
+                if name != "examples":
+                    if getattr(chunks, name) > least:
+                        return halved(name)
+                elif self.layout.mapped and max(chunks.examples1, chunks.examples2) > least:
+                    larger = "examples1" if chunks.examples1 > chunks.examples2 else "examples2"
+                    if not self.layout.same_examples:
+                        return halved(larger)
+                    size = -(-chunks.examples1 // 2)
+                    return replace(chunks, examples1=size, examples2=size)
+        return None
 
-
-def _dense_weights(side: Linearised) -> set[int]:
-    """Weights that something is computed from before they are used."""
-    roots = side.analysis.roots
-    return {w for root in roots if root.ref is not None for w in root.weights}
-
-
-def _pairs(
-    mine1: list[Factors], mine2: list[Factors], side1: Linearised, layout: Layout, same: bool
-) -> list[Array] | None:
-    """Terms of all pairs of uses of one weight; None if some cannot be matched."""
-    terms = []
-    for i, f1 in enumerate(mine1):
-        for j, f2 in enumerate(mine2):
-            root = side1.analysis.roots[f1.use.root]
-            if 0 in root.shape or contraction.apart(f1.use, f2.use, root):
+    def _forms(self, worked: Extent) -> tuple[set[int], dict[int, Form]]:
+        """Weights whose gradients are made, and the form of each weight."""
+        dense = {
+            weight
+            for side in (self.side1, self.side2)
+            for root in side.analysis.roots
+            if root.ref is not None
+            for weight in root.weights
+        }
+        forms: dict[int, Form] = {}
+        for weight, root in enumerate(self.side1.analysis.roots[: len(self.side1.problem.leaves)]):
+            if 0 in root.shape:
                 continue
-            match = contraction.matched(f1.use, f2.use)
-            if match is None:
-                return None
-            terms.append(contraction.gram(f1, f2, match, layout))
-    return terms
+            uses1 = self.side1.analysis.uses_of(weight)
+            uses2 = self.side2.analysis.uses_of(weight)
+            if not uses1 or not uses2:
+                continue
+            outer = cost.outer(
+                [u for _, u in uses1], [u for _, u in uses2], root, worked, self.same
+            )
+            pairs = None
+            if weight not in dense and self.options.form != "outer":
+                pairs = cost.in_pairs(uses1, uses2, root, worked, self.layout, self.same)
+            if pairs is None:
+                forms[weight] = outer
+            elif self.options.form == "pairs":
+                forms[weight] = pairs
+            else:
+                forms[weight] = cost.choose([outer, pairs])
+            if forms[weight].name == "outer":
+                dense.add(weight)
+        return dense, forms
+
+    def compute(self) -> Array:
+        """The kernel in the layout of its axes."""
+        dtype = self.side1.side.outputs[self.leaf].dtype
+        if not self.forms:
+            return jnp.zeros(self.pair.kernel_shape(self.shape1, self.shape2), dtype)
+        return self._arrange(self._over_examples())
+
+    # Loops over chunks: examples, then seeds.
+
+    def _over_examples(self) -> Array:
+        """The kernel, labels `layout.result`."""
+        extent, chunks = self.extent, self.chunks
+        if not self.layout.mapped or (chunks.examples1, chunks.examples2) == (
+            extent.examples1,
+            extent.examples2,
+        ):
+            return self._block(None, None)
+        blocks1 = _blocks(extent.examples1, chunks.examples1)
+        if self.layout.same_examples:
+            return self._paired_examples(blocks1)
+        blocks2 = _blocks(extent.examples2, chunks.examples2)
+        rows = lax.map(lambda a: lax.map(lambda b: self._block(a, b), blocks2), blocks1)
+        # (blocks1, blocks2, examples1, examples2, ...)
+        rows = jnp.moveaxis(rows, 2, 1)
+        rows = rows.reshape(blocks1.size, blocks2.size, *rows.shape[4:])
+        return rows[: extent.examples1, : extent.examples2]
+
+    def _paired_examples(self, blocks: Array) -> Array:
+        layout = self.layout
+        separate = replace(layout, sum_examples=False)
+        rows = lax.map(lambda a: self._block(a, a, separate), blocks)
+        rows = rows.reshape(blocks.size, *rows.shape[2:])[: self.extent.examples1]
+        return jnp.sum(rows, axis=0) if layout.sum_examples else rows
+
+    def _block(
+        self, examples1: Array | None, examples2: Array | None, layout: Layout | None = None
+    ) -> Array:
+        """The kernel of some examples: loops over chunks of seeds."""
+        layout = layout or self.layout
+        passes1 = Passes(self.side1, examples1, self.options.forward)
+        # A diagonal block of a symmetric kernel is not known to be one inside a loop.
+        shared = self.same and examples1 is examples2
+        passes2 = passes1 if shared else Passes(self.side2, examples2, self.options.forward)
+        chunks = self.chunks
+
+        def kernel(seeds1: Array, seeds2: Array, same: bool) -> Array:
+            factors1 = passes1.factors(self.leaf, seeds1)
+            factors2 = factors1 if same else passes2.factors(self.leaf, seeds2)
+            return self._contract(factors1, factors2, layout, same)
+
+        def over_traced(seeds1: Array, seeds2: Array, same: bool) -> Array:
+            if chunks.traced >= self.extent.traced:
+                return kernel(seeds1, seeds2, same)
+            pieces1, pieces2 = (_pieces(s, 0, chunks.traced) for s in (seeds1, seeds2))
+            add = lambda total, piece: (total + kernel(piece[0], piece[1], same), None)
+            shape = jax.eval_shape(lambda a, b: kernel(a, b, same), pieces1[0], pieces2[0])
+            start = jnp.zeros(shape.shape, shape.dtype)
+            return lax.scan(add, start, (pieces1, pieces2))[0]
+
+        def over_kept(seeds1: Array, seeds2: Array, same: bool) -> Array:
+            if chunks.kept >= self.extent.kept:
+                return over_traced(seeds1, seeds2, same)
+            pieces = tuple(_pieces(s, 1, chunks.kept) for s in (seeds1, seeds2))
+            rows = lax.map(lambda piece: over_traced(piece[0], piece[1], same), pieces)
+            return _joined(rows, rows.ndim - 4, self.extent.kept)
+
+        def over_outputs(seeds1: Array, seeds2: Array) -> Array:
+            whole1 = chunks.output1 >= self.extent.output1
+            whole2 = chunks.output2 >= self.extent.output2
+            if whole1 and whole2:
+                return over_kept(seeds1, seeds2, shared)
+            pieces1 = _pieces(seeds1, 2, chunks.output1)
+            pieces2 = _pieces(seeds2, 2, chunks.output2)
+            rows = lax.map(lambda a: lax.map(lambda b: over_kept(a, b, False), pieces2), pieces1)
+            rows = jax.vmap(lambda r: _joined(r, r.ndim - 2, self.extent.output2))(rows)
+            return _joined(rows, rows.ndim - 3, self.extent.output1)
+
+        return over_outputs(jnp.asarray(self.seeds1.indices), jnp.asarray(self.seeds2.indices))
+
+    # The sum over weights.
+
+    def _contract(
+        self, factors1: list[Factors], factors2: list[Factors], layout: Layout, same: bool
+    ) -> Array:
+        """The kernel of factors, labels `layout.result`."""
+        total: Array | None = None
+        if self.dense:
+            gradients1 = _gradients(self.side1, factors1, self.dense, layout)
+            gradients2 = gradients1
+            if not same:
+                gradients2 = _gradients(self.side2, factors2, self.dense, layout)
+            for weight in sorted(set(gradients1) & set(gradients2)):
+                term = contraction.multiply(gradients1[weight], gradients2[weight], layout)
+                total = _plus(total, term)
+        for form in self.forms.values():
+            for i, j, name in form.pairs:
+                match = contraction.matched(factors1[i].use, factors2[j].use)
+                assert match is not None
+                product = contraction.gram if name == "gram" else contraction.crossed
+                term = product(factors1[i], factors2[j], match, layout)
+                total = _plus(total, term)
+                if self.same and i != j:
+                    if same:
+                        total = _plus(total, _transposed(term, layout))
+                    else:
+                        back = contraction.matched(factors1[j].use, factors2[i].use)
+                        assert back is not None
+                        total = _plus(total, product(factors1[j], factors2[i], back, layout))
+        if total is None:
+            raise AssertionError("a kernel without a term")
+        return total
+
+    def _arrange(self, kernel: Array) -> Array:
+        """From (examples, kept, outputs, outputs′) to the layout of `pair`; traces averaged."""
+        pair, batch = self.pair, self.batch
+        count = len(self.layout.result) - 3
+        kernel = kernel.reshape(
+            *kernel.shape[:count], *self.seeds1.kept, *self.seeds1.paired, *self.seeds2.paired
+        )
+        kept = [a for a in pair.diagonal if a != batch]
+        paired = [a for a in pair.pairs if a != batch]
+        # Where the index (or the two indices) of each output axis stand now.
+        where: dict[int, list[int]] = {a: [count + k] for k, a in enumerate(kept)}
+        first = count + len(kept)
+        where |= {a: [first + k, first + len(paired) + k] for k, a in enumerate(paired)}
+        if batch is not None and batch not in pair.trace:
+            where[batch] = list(range(count))
+        order = [k for a in range(pair.ndim) if a not in pair.trace for k in where[a]]
+        return jnp.transpose(kernel, order) / max(pair.trace_size(self.shape1), 1)
+
+
+def _plus(total: Array | None, term: Array) -> Array:
+    return term if total is None else total + term.astype(total.dtype)
+
+
+def _transposed(kernel: Array, layout: Layout) -> Array:
+    """The same kernel with its sides exchanged."""
+    names = list(layout.result)
+    other = {
+        contraction.OUTPUT1: contraction.OUTPUT2,
+        contraction.OUTPUT2: contraction.OUTPUT1,
+    }
+    if contraction.EXAMPLE2 in names:
+        other |= {
+            contraction.EXAMPLE1: contraction.EXAMPLE2,
+            contraction.EXAMPLE2: contraction.EXAMPLE1,
+        }
+    return jnp.transpose(kernel, [names.index(other.get(k, k)) for k in names])
+
+
+def _blocks(total: int, size: int) -> Array:
+    """Indices of examples in blocks; the last block repeats the last example."""
+    count = -(-total // size)
+    return jnp.minimum(jnp.arange(count * size, dtype=jnp.int32), total - 1).reshape(count, size)
+
+
+def _pieces(seeds: Array, axis: int, size: int) -> Array:
+    """Seeds in pieces along an axis, stacked in front; −1 (no seed) fills the last one."""
+    total = seeds.shape[axis]
+    count = -(-total // size)
+    edges = [(0, count * size - total) if k == axis else (0, 0) for k in range(seeds.ndim)]
+    padded = jnp.pad(seeds, edges, constant_values=-1)
+    split = padded.reshape(*seeds.shape[:axis], count, size, *seeds.shape[axis + 1 :])
+    return jnp.moveaxis(split, axis, 0)
+
+
+def _joined(rows: Array, axis: int, total: int) -> Array:
+    """Pieces stacked in front joined along an axis (of one piece), the filling cut off."""
+    rows = jnp.moveaxis(rows, 0, axis)
+    shape = (*rows.shape[:axis], rows.shape[axis] * rows.shape[axis + 1], *rows.shape[axis + 2 :])
+    return lax.slice_in_dim(rows.reshape(shape), 0, total, axis=axis)
 
 
 def _gradients(
-    side: Linearised, factors: list[Factors], wanted: set[int], layout: Layout
+    side: Traced, factors: list[Factors], wanted: set[int], layout: Layout
 ) -> dict[int, Array]:
     """Per-example gradients of whole weights: (examples, traced, kept, output, entries)."""
     roots = side.analysis.roots
@@ -293,13 +384,13 @@ def _gradients(
     return result
 
 
-def _pull_prologue(side: Linearised, gradients: dict[int, Array]) -> dict[int, Array]:
+def _pull_prologue(side: Traced, gradients: dict[int, Array]) -> dict[int, Array]:
     """Gradients in computed roots as gradients in the weights they are computed from."""
     roots = side.analysis.roots
     values, pullback = jax.vjp(side.execution.prologue, list(side.problem.leaves))
     lead = next(iter(gradients.values())).shape[:-1]
 
-    def pull(rows):
+    def pull(rows: dict[int, Array]) -> list[Array]:
         full = {
             k: rows[k].reshape(v.shape).astype(v.dtype) if k in rows else jnp.zeros_like(v)
             for k, v in values.items()

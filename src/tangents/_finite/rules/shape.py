@@ -43,15 +43,12 @@ def _slice(step: Step, view: View) -> Views:
 
 
 def _dynamic_slice(step: Step, view: View) -> Views:
-    starts = step.inputs[1:]
-    if not all(isinstance(start, Constant) for start in starts):
+    starts = [start.value for start in step.inputs[1:] if isinstance(start, Constant)]
+    if len(starts) < len(step.inputs) - 1:
         return None
     shape, sizes = step.inputs[0].shape, step.params["slice_sizes"]
     # The primitive clamps starts, so that the slice fits.
-    first = [
-        min(max(int(s.value), 0), n - k)
-        for s, n, k in zip(starts, shape, sizes, strict=True)  # type: ignore[union-attr]
-    ]
+    first = [min(max(int(s), 0), n - k) for s, n, k in zip(starts, shape, sizes, strict=True)]
     return [view.slice(first, [s + k for s, k in zip(first, sizes, strict=True)], [1] * len(first))]
 
 

@@ -1,8 +1,9 @@
 """Which steps of a graph use which weight, and how: the plan that is then executed.
 
 Values are of three kinds: constants, data (they depend on an input), and views of a *root* (a
-weight, or a value computed from weights alone). A step that joins a view with data is a *use*; where
-its rule has no factored form, the derivative in the whole operand is taken, which is always right.
+weight, or a value computed from weights alone). A step that joins a view with data is a *use*;
+where its rule has no factored form, the derivative in the whole operand is taken, which is always
+right.
 """
 
 from __future__ import annotations
@@ -177,6 +178,11 @@ class Analysis:
         kinds += [Data(False)] * (len(graph.inputs) - len(kinds))
         self.plan, _ = self._graph(graph, kinds, ())
 
+    def uses_of(self, weight: int) -> list[tuple[int, Use]]:
+        """Uses of a weight, and of what is computed from it, with their numbers."""
+        numbered = enumerate(self.uses)
+        return [(k, use) for k, use in numbered if weight in self.roots[use.root].weights]
+
     def _graph(
         self, graph: Graph, inputs: Sequence[Kind], loops: tuple[int, ...]
     ) -> tuple[Plan, list[Kind]]:
@@ -230,11 +236,9 @@ class Analysis:
             jnp.issubdtype(ref.dtype, jnp.inexact) for ref in step.outputs
         ):
             return [None] * len(step.outputs)
-        viewed = [k for k, kind in enumerate(given) if isinstance(kind, View)]
+        viewed = {k: kind for k, kind in enumerate(given) if isinstance(kind, View)}
         if self.follow and len(viewed) == 1:
-            (operand,) = viewed
-            view = given[operand]
-            assert isinstance(view, View)
+            ((operand, view),) = viewed.items()
             other = scaling(step, operand)
             if other is not None:
                 plan.scales[index] = (operand, other, step.name)
@@ -244,17 +248,16 @@ class Analysis:
                 if views is not None:
                     plan.scales[index] = (operand, None, step.name)
                     return list(views)
-        for operand in viewed:
-            view = given[operand]
-            assert isinstance(view, View)
+        for view in viewed.values():
             if view.entry >= 0:
                 raise _NoFactors(view.entry, f"`{step.name}` before it meets data, inside a loop")
         if step.name == "while":
             self._refuse_while()
-        weights = frozenset().union(*(self.roots[given[k].root].weights for k in viewed))
+        above = [self.roots[view.root] for view in viewed.values()]
+        weights = frozenset().union(*(root.weights for root in above))
         results: list[Kind] = []
         for ref in step.outputs:
-            name = f"{step.name}({', '.join(self.roots[given[k].root].name for k in viewed)})"
+            name = f"{step.name}({', '.join(root.name for root in above)})"
             self.roots.append(Root(ref.shape, ref.dtype, name, weights, ref))
             results.append(View.whole(len(self.roots) - 1, ref.shape))
         return results
@@ -375,10 +378,10 @@ class Analysis:
                 elif isinstance(kind, View):
                     view = kind if k < constants else kind.step_through(len(loops))
                     kinds.append(replace(view, entry=k))
+                elif k < constants:
+                    kinds.append(kind)
                 else:
-                    kinds.append(
-                        kind if k < constants else Data(isinstance(kind, Data) and kind.weighted)
-                    )
+                    kinds.append(kind or Data(False))
             return kinds
 
         def analyse(kinds: list[Kind]) -> Plan:

@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -64,24 +65,30 @@ class Layout:
 
 @dataclass(frozen=True)
 class Factors:
-    """The two factors of a use on one side, axes labelled."""
+    """The two factors of a use on one side."""
 
     use: Use
-    activation: Array | None
-    """(examples, labels of the use's activation)."""
-    cotangent: Array
-    """(examples, traced, kept, output, labels of the use's cotangent)."""
+    kept: Array | None
+    """What the forward pass kept: (examples, loops, ...)."""
+    derivative: Array
+    """The network's in the probe: (examples, traced, kept, output, loops, ...)."""
+    mapped: bool
 
+    @cached_property
+    def activation(self) -> Array | None:
+        """A: (examples, labels of the use's activation)."""
+        expand = self.use.factored.expand
+        if self.kept is None or expand is None:
+            return self.kept
+        return over_leading(expand, self.kept, self.mapped + self.use.loops)
 
-def factors(use: Use, kept: Array | None, cotangent: Array, mapped: bool) -> Factors:
-    """From what the passes returned to arrays with labelled axes."""
-    lead = (1 if mapped else 0) + use.loops
-    activation = kept
-    if kept is not None and use.factored.expand is not None:
-        activation = over_leading(use.factored.expand, kept, lead)
-    if use.factored.prepare is not None:
-        cotangent = over_leading(use.factored.prepare, cotangent, lead + 3)
-    return Factors(use, activation, cotangent)
+    @cached_property
+    def cotangent(self) -> Array:
+        """G: (examples, traced, kept, output, labels of the use's cotangent)."""
+        prepare = self.use.factored.prepare
+        if prepare is None:
+            return self.derivative
+        return over_leading(prepare, self.derivative, self.mapped + 3 + self.use.loops)
 
 
 def over_leading(function, array: Array, count: int) -> Array:
@@ -207,29 +214,74 @@ def label_pair(first: Use, second: Use, match: dict[int, int], layout: Layout) -
     )
 
 
+Term = tuple[Array, tuple[int, ...]]
+
+
 def gram(first: Factors, second: Factors, match: dict[int, int], layout: Layout) -> Array:
     """The term of a pair of uses by products of activations and of cotangents."""
     labels = label_pair(first.use, second.use, match, layout)
-    activations = [
-        (array, names)
-        for array, names in (
-            (first.activation, labels.activation1),
-            (second.activation, labels.activation2),
-        )
-        if array is not None
+    cotangents: list[Term] = [
+        (first.cotangent, labels.cotangent1),
+        (second.cotangent, labels.cotangent2),
     ]
-    cotangents = [(first.cotangent, labels.cotangent1), (second.cotangent, labels.cotangent2)]
-    in_activations = {k for _, names in activations for k in names}
-    in_cotangents = {*labels.cotangent1, *labels.cotangent2}
-    needed = lambda mine, others: tuple(
-        dict.fromkeys(k for names in mine for k in names if k in others or k in layout.result)
-    )
-    outer_cotangents = needed([names for _, names in cotangents], in_activations)
-    g = contract(cotangents, outer_cotangents, layout.precision)
-    if not activations:
-        return contract([(g, outer_cotangents)], layout.result, layout.precision)
-    outer_activations = needed([names for _, names in activations], in_cotangents)
-    a = contract(activations, outer_activations, layout.precision)
-    return contract(
-        [(a, outer_activations), (g, outer_cotangents)], layout.result, layout.precision
-    )
+    if first.use.factored.equality and second.use.factored.equality:
+        a, b = _equal(first, labels.activation1), _equal(second, labels.activation2)
+        names = (*a[1], *(k for k in b[1] if k not in a[1]))
+        same = _spread(a, names) == _spread(b, names)
+        present = _spread(a, names) >= 0
+        activations: list[Term] = [((same & present).astype(cotangents[0][0].dtype), names)]
+    else:
+        activations = [
+            (array, names)
+            for array, names in (
+                (first.activation, labels.activation1),
+                (second.activation, labels.activation2),
+            )
+            if array is not None
+        ]
+    return _two_products(activations, cotangents, layout)
+
+
+def crossed(first: Factors, second: Factors, match: dict[int, int], layout: Layout) -> Array:
+    """The same by products of each activation with the other side's cotangent.
+
+    For uses in different places: a table read by its rows and multiplied by as a matrix.
+    """
+    labels = label_pair(first.use, second.use, match, layout)
+    one: list[Term] = [(second.cotangent, labels.cotangent2)]
+    two: list[Term] = [(first.cotangent, labels.cotangent1)]
+    if first.activation is not None:
+        one.insert(0, (first.activation, labels.activation1))
+    if second.activation is not None:
+        two.insert(0, (second.activation, labels.activation2))
+    return _two_products(one, two, layout)
+
+
+def _two_products(one: list[Term], two: list[Term], layout: Layout) -> Array:
+    """Contract `one`, contract `two`, and the two results."""
+    names = [{k for _, labels in group for k in labels} for group in (one, two)]
+    results: list[Term] = []
+    for group, others in ((one, names[1]), (two, names[0])):
+        if not group:
+            continue
+        keep = tuple(
+            dict.fromkeys(
+                k for _, labels in group for k in labels if k in others or k in layout.result
+            )
+        )
+        results.append((contract(group, keep, layout.precision), keep))
+    return contract(results, layout.result, layout.precision)
+
+
+def _equal(factors: Factors, labels: tuple[int, ...]) -> Term:
+    """The indices that a one-hot stands for, its last label gone."""
+    assert factors.kept is not None
+    return factors.kept, labels[:-1]
+
+
+def _spread(term: Term, labels: tuple[int, ...]) -> Array:
+    """An array with axes of size one for the labels it lacks."""
+    array, own = term
+    order = sorted(range(len(own)), key=lambda k: labels.index(own[k]))
+    array = jnp.transpose(array, order)
+    return jnp.expand_dims(array, [k for k, label in enumerate(labels) if label not in own])

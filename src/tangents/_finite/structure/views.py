@@ -1,12 +1,13 @@
 """Views: which entries of a weight an operand consists of, as offset and strides.
 
-What happens to a weight before it meets data is its prologue. Transposes, reshapes, slices, reversals
-and broadcasts only move entries about; they are followed here as strides into the flat weight, so
-that two uses of one weight can be matched entry by entry even if one of them is transposed.
+What happens to a weight before it meets data is its prologue. Transposes, reshapes, slices,
+reversals and broadcasts only move entries about; they are followed here as strides into the flat
+weight, so that two uses of one weight can be matched entry by entry even if one is transposed.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -81,7 +82,7 @@ class View:
                     taken.append(old.pop(0))
                 else:
                     wanted.append(new.pop(0))
-            for (_, outer), (size, inner) in zip(taken, taken[1:], strict=False):
+            for (_, outer), (size, inner) in itertools.pairwise(taken):
                 if outer != size * inner:
                     return None
             stride = taken[-1][1]

@@ -1,0 +1,232 @@
+"""What each way to compute a kernel costs, from shapes alone, and which is taken.
+
+Nothing is compiled or run to find out. Work is in multiply-adds; the constants that tell thin
+matrix products from thick ones were fitted on CPU (`SKINNY`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from tangents._finite.structure import contraction
+from tangents._finite.structure.analysis import Analysis, Branches, Loop, Plan, Root, Use
+from tangents._finite.structure.contraction import Layout, PairLabels
+
+SKINNY = ((8, 6.0), (16, 3.0))
+"""(rows, factor): a product G Gᵀ of so few rows runs so many times slower than a thick one."""
+THICK = 1.5
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How many examples and seeds meet at once."""
+
+    examples1: int
+    examples2: int
+    traced: int
+    kept: int
+    output1: int
+    output2: int
+
+    @property
+    def seeds1(self) -> int:
+        """Backward passes on side 1."""
+        return self.traced * self.kept * self.output1
+
+    @property
+    def seeds2(self) -> int:
+        """Backward passes on side 2."""
+        return self.traced * self.kept * self.output2
+
+    def sizes(self) -> dict[int, int]:
+        """Sizes of the labels of `contraction`."""
+        return {
+            contraction.EXAMPLE1: self.examples1,
+            contraction.EXAMPLE2: self.examples2,
+            contraction.TRACED: self.traced,
+            contraction.KEPT: self.kept,
+            contraction.OUTPUT1: self.output1,
+            contraction.OUTPUT2: self.output2,
+        }
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to contract the uses of one weight."""
+
+    name: str
+    """'outer' (gradients of each example), or for each pair of uses 'gram', 'crossed'."""
+    work: float
+    """Multiply-adds, weighted by how fast they run."""
+    entries: float
+    """Numbers held at once beside activations and cotangents."""
+    pairs: tuple[tuple[int, int, str], ...] = ()
+    """(use of side 1, use of side 2, 'gram' or 'crossed')."""
+
+
+def outer(
+    uses1: Sequence[Use], uses2: Sequence[Use], root: Root, extent: Extent, same: bool
+) -> Form:
+    """Per-example gradients of the whole weight, then one product."""
+    size = math.prod(root.shape)
+    work = 0.0
+    sides = ((uses1, extent.examples1, extent.seeds1), (uses2, extent.examples2, extent.seeds2))
+    for uses, examples, seeds in sides[: 1 if same else 2]:
+        work += sum(examples * seeds * _labels(use) for use in uses)
+    rows = extent.examples1 * extent.output1
+    skinny = next((factor for limit, factor in SKINNY if rows <= limit), THICK)
+    both = extent.traced * extent.kept * extent.output1 * extent.output2
+    work += skinny * extent.examples1 * extent.examples2 * both * size
+    held = extent.examples1 * extent.seeds1 + (0 if same else extent.examples2 * extent.seeds2)
+    return Form("outer", work, held * size)
+
+
+def _labels(use: Use) -> int:
+    names = {*use.cotangent, *(use.activation or ())}
+    return math.prod(use.sizes[label] for label in names)
+
+
+def in_pairs(
+    uses1: Sequence[tuple[int, Use]],
+    uses2: Sequence[tuple[int, Use]],
+    root: Root,
+    extent: Extent,
+    layout: Layout,
+    same: bool,
+) -> Form | None:
+    """Every pair of uses by the cheaper of its products; None if some pair has none."""
+    work, entries, pairs = 0.0, 0.0, []
+    for i, first in uses1:
+        for j, second in uses2:
+            if same and j < i:
+                continue  # the transpose of a pair that is there
+            if contraction.apart(first, second, root):
+                continue
+            match = contraction.matched(first, second)
+            if match is None:
+                return None
+            labels = contraction.label_pair(first, second, match, layout)
+            sizes = extent.sizes() | labels.sizes
+            both = first.factored.equality and second.factored.equality
+            ways = [("gram", _gram(labels, sizes, layout, both))]
+            if not both:
+                ways.append(("crossed", _crossed(labels, sizes, layout)))
+            name, (cost, held) = min(ways, key=lambda way: way[1][0])
+            work, entries = work + cost, max(entries, held)
+            pairs.append((i, j, name))
+    return Form("pairs", work, entries, tuple(pairs))
+
+
+def _gram(
+    labels: PairLabels, sizes: dict[int, int], layout: Layout, equality: bool
+) -> tuple[float, float]:
+    a1, a2 = labels.activation1, labels.activation2
+    if equality:
+        a1, a2 = a1[:-1], a2[:-1]
+    return _products((a1, a2), (labels.cotangent1, labels.cotangent2), sizes, layout)
+
+
+def _crossed(labels: PairLabels, sizes: dict[int, int], layout: Layout) -> tuple[float, float]:
+    one = (labels.activation1, labels.cotangent2)
+    return _products(one, (labels.activation2, labels.cotangent1), sizes, layout)
+
+
+def _products(
+    one: tuple[Sequence[int], Sequence[int]],
+    two: tuple[Sequence[int], Sequence[int]],
+    sizes: dict[int, int],
+    layout: Layout,
+) -> tuple[float, float]:
+    """Work and largest results of contracting `one`, `two`, and both."""
+    names = [{*group[0], *group[1]} for group in (one, two)]
+    keep = [
+        {k for k in mine if k in other or k in layout.result}
+        for mine, other in ((names[0], names[1]), (names[1], names[0]))
+    ]
+    volume = lambda labels: float(math.prod(sizes[k] for k in labels))
+    work = volume(names[0]) + volume(names[1]) + volume(keep[0] | keep[1])
+    return work, volume(keep[0]) + volume(keep[1])
+
+
+def choose(forms: Iterable[Form]) -> Form:
+    """The form of least work."""
+    return min(forms, key=lambda form: form.work)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Numbers one example holds, from shapes."""
+
+    forward: int
+    """Activations, expanded, and what the backward pass keeps of the network's own values."""
+    cotangent: int
+    """Probes, for each seed."""
+    transient: int
+    """The largest values of the backward pass, for each seed."""
+
+    @classmethod
+    def of(cls, analysis: Analysis) -> Footprint:
+        """Of a side's function of one example (of the batch, if nothing is promised)."""
+        activations = sum(
+            math.prod(use.sizes[label] for label in use.activation)
+            for use in analysis.uses
+            if use.activation is not None
+        )
+        total, largest = _values(analysis.plan)
+        probes = sum(math.prod(probe.shape) for probe in analysis.probes)
+        return cls(activations + total, probes, 3 * largest)
+
+
+def _values(plan: Plan) -> tuple[int, int]:
+    """Sum and largest of the numbers that the steps of a plan make."""
+    total = largest = 0
+    for index, step in enumerate(plan.graph.steps):
+        sizes = [
+            math.prod(ref.shape) for ref in step.outputs if jnp.issubdtype(ref.dtype, jnp.inexact)
+        ]
+        action = plan.actions.get(index)
+        inner: list[Plan] = []
+        times = 1
+        if isinstance(action, Loop):
+            inner, times = [action.body], step.params["length"]
+        elif isinstance(action, Branches):
+            inner = action.branches
+        elif step.name == "scan":
+            times = step.params["length"]
+            body = getattr(step.params["jaxpr"], "jaxpr", step.params["jaxpr"])
+            sizes += [
+                times * math.prod(getattr(v.aval, "shape", ()))
+                for equation in body.eqns
+                for v in equation.outvars
+            ]
+        for body in inner:
+            below, widest = _values(body)
+            total, largest = total + times * below, max(largest, widest)
+        total, largest = total + sum(sizes), max(largest, *sizes, 0)
+    return total, largest
+
+
+def working_bytes(
+    side1: Footprint,
+    side2: Footprint,
+    forms: Iterable[Form],
+    worked: Extent,
+    itemsize: int,
+    same: bool,
+) -> int:
+    """Bytes in use at once when `worked` examples and seeds are: an upper estimate."""
+    sides = [(side1, worked.examples1, worked.seeds1)]
+    if not same:
+        sides.append((side2, worked.examples2, worked.seeds2))
+    entries = 0.0
+    for footprint, examples, seeds in sides:
+        entries += examples * (footprint.forward + seeds * footprint.cotangent)
+        entries += examples * seeds * max(footprint.transient, footprint.cotangent)
+    held = sorted((form.entries for form in forms), reverse=True)
+    # Two weights may be worked on at once; the sum over them is taken as they come.
+    entries += sum(held[:2])
+    return int(entries * itemsize)
