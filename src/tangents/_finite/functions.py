@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import tree_util
 
+from tangents import frontends
 from tangents._core import get as getting
 from tangents._core.axes import PairAxes
 from tangents._core.precision import PrecisionLike, accumulator
@@ -78,6 +79,7 @@ def empirical_ntk_fn(
     del _j_rules, _s_rules, _fwd  # say how structured derivatives work; no other method reads them
     caller = "empirical_ntk_fn"
     method = get_method(NtkImplementation.parse(implementation, caller=caller), caller=caller)
+    f = frontends.as_apply_fn(f)
 
     def ntk_fn(x1: PyTree, x2: PyTree | None, params: PyTree, **apply_fn_kwargs: Any) -> PyTree:
         """The NTK Θ(x1, x2): see `empirical_ntk_fn`."""
@@ -145,6 +147,7 @@ def empirical_nngp_fn(
         >>> tangents.empirical_nngp_fn(f)(jnp.ones((5, 3)), None, jnp.ones((3, 2))).shape
         (5, 5)
     """
+    f = frontends.as_apply_fn(f)
 
     def nngp_fn(x1: PyTree, x2: PyTree | None, params: PyTree, **apply_fn_kwargs: Any) -> PyTree:
         """The conjugate kernel K(x1, x2): see `empirical_nngp_fn`."""
@@ -221,6 +224,7 @@ def empirical_kernel_fn(
         >>> k.nngp.shape, k.ntk.shape
         ((5, 5), (5, 5))
     """
+    f = frontends.as_apply_fn(f)
     functions = {
         "nngp": empirical_nngp_fn(f, trace_axes, diagonal_axes, precision=precision),
         "ntk": empirical_ntk_fn(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import tree_util
 
+from tangents import frontends
 from tangents._core.trees import Partition
 from tangents._core.typing import ApplyFn, Array, PyTree
 
@@ -74,10 +75,11 @@ def taylor_expand(f: ApplyFn, params: PyTree, degree: int) -> ApplyFn:
 
 
 def _expansion(f: ApplyFn, params: PyTree, degree: int, caller: str) -> ApplyFn:
-    origin = Partition(params)
+    f = frontends.as_apply_fn(f)
+    origin = Partition(frontends.as_jax(params))
 
     def expanded(p: PyTree, *args: Any, **kwargs: Any) -> PyTree:
-        step = _difference(Partition(p), origin, caller)
+        step = _difference(Partition(frontends.as_jax(p)), origin, caller)
         along = lambda leaves: f(origin.merge(leaves), *args, **kwargs)
         value, *terms = _derivatives(along, origin.leaves, step, degree)
         for order, term in enumerate(terms, start=1):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import tree_util
 
+from tangents import frontends
 from tangents._core.axes import PairAxes
 from tangents._core.memory import chunk_size, chunks, resolve_budget
 from tangents._core.precision import PrecisionLike
@@ -71,6 +72,8 @@ def ntk_operator(
         ((5, 2), (10,), (10, 10))
     """
     caller = "ntk_operator"
+    f = frontends.as_apply_fn(f)
+    params, x1, x2 = frontends.as_jax((params, x1, x2))
     options = _Options(
         f, vmap_axes, NtkImplementation.parse(implementation, caller=caller), precision
     )
@@ -232,6 +235,7 @@ class NTKOperator:
     def at(self, params: PyTree) -> NTKOperator:
         """The same kernel at other parameters of the same shapes: nothing is compiled again."""
         old, x1, x2, kwargs = self._programs.rebuild(self._dynamic)
+        params = frontends.as_jax(params)
         dynamic, rebuild = split_dynamic((_with_arrays(params), x1, x2, kwargs))
         if not self._programs.fits(dynamic, rebuild):
             raise ValueError(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax, tree_util
 
+from tangents import frontends
 from tangents._core import precision as precision_policy
 from tangents._core import vmap_axes as vmapping
 from tangents._core.axes import PairAxes
@@ -78,6 +79,9 @@ def make_problem(
     """Check a kernel's inputs and bring them into the form that methods take."""
     if x1 is None:
         raise ValueError(f"{caller}: x1 is None; only x2 may be, and then it stands for x1.")
+    # A model in place of a function, and tensors of its framework in place of arrays.
+    f = frontends.as_apply_fn(f)
+    x1, x2, params = frontends.as_jax((x1, x2, params))
     kwargs1, kwargs2 = split_kwargs(kwargs, x1, x2)
     # Pairs make the two sides different functions of the same x: a Jacobian each.
     symmetric = x2 is None and not any(is_pair(value) for value in kwargs.values())

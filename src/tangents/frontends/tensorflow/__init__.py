@@ -1,0 +1,1 @@
+"""TensorFlow and Keras models as JAX functions, and JAX functions on TensorFlow tensors."""
