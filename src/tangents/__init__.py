@@ -11,7 +11,14 @@ from tangents._finite.linearization import linearize, taylor_expand
 from tangents._finite.operator import NTKOperator, ntk_operator
 from tangents._finite.vector_product import empirical_ntk_vp_fn
 
-# Inference: linear systems, spectra, regression.
+# Inference: linear systems, spectra, regression, files.
+from tangents._inference.alignment import (
+    kernel_alignment,
+    kernel_distance,
+    kernel_velocity,
+    target_alignment,
+    task_model_alignment,
+)
 from tangents._inference.calibration import (
     Calibration,
     ClassCalibration,
@@ -26,8 +33,17 @@ from tangents._inference.regression import (
     leave_one_out,
     log_marginal_likelihood,
 )
+from tangents._inference.saving import load, save
 from tangents._inference.solution import Solution, SolveError
 from tangents._inference.solve import solve
+from tangents._inference.spectrum import (
+    Spectrum,
+    condition_number,
+    effective_dimension,
+    spectrum,
+)
+
+# Scale: tiles, devices, samples.
 from tangents._scale.batch import batch
 from tangents._scale.monte_carlo import MonteCarloEstimate, monte_carlo_kernel_fn
 from tangents._version import __version__
@@ -45,24 +61,35 @@ __all__ = [
     "NtkImplementation",
     "Solution",
     "SolveError",
+    "Spectrum",
     "__version__",
     "batch",
     "calibration",
     "class_calibration",
     "class_probabilities",
+    "condition_number",
+    "effective_dimension",
     "empirical_kernel_fn",
     "empirical_nngp_fn",
     "empirical_ntk_fn",
     "empirical_ntk_vp_fn",
     "fit_kernel_regression",
     "from_model",
+    "kernel_alignment",
+    "kernel_distance",
+    "kernel_velocity",
     "leave_one_out",
     "linearize",
+    "load",
     "log_marginal_likelihood",
     "monte_carlo_kernel_fn",
     "network_posterior",
     "ntk_operator",
     "predict",
+    "save",
     "solve",
+    "spectrum",
+    "target_alignment",
+    "task_model_alignment",
     "taylor_expand",
 ]
