@@ -18,6 +18,11 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[dev]"
 	@touch $@
 
+$(VENV)/.installed-test: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[test]"
+	@touch $@
+
 demo: $(VENV)/.installed-demo
 	$(BIN)/tangents demo $(DEMO_ARGS)
 
