@@ -7,9 +7,10 @@ around it stand here:
 
 - from (cov12, var1, var2) alone, the determinant var1 var2 - cov12^2 is computed from split
   factors, so that it is right to its own last digits for the numbers that were given;
-- where the caller carries the angular gap A = s - cov12, sin(theta / 2)^2 = A / (2 s), which does
-  not cancel at all. This is what makes float32 exact near parallel inputs: there the digits are
-  lost when cov12 is rounded, before any dual kernel sees it.
+- where the caller carries the angular gap A = s - |cov12|, 1 - |cos(theta)| = A / s, which does
+  not cancel at all. This is what makes float32 exact near parallel and opposite inputs: there the
+  digits are lost when cov12 is rounded, before any dual kernel sees it. (The distance to the nearer
+  pole: s - cov12 alone would say nothing about opposite inputs, where it is rounded at 2 s.)
 
 Conventions: a zero variance gives theta = pi/2 (a constant zero is uncorrelated with everything);
 a determinant that rounding made negative counts as zero. The derivative of theta is infinite at
@@ -77,15 +78,20 @@ def _balanced(cov12: Array, var1: Array, var2: Array) -> tuple[Array, Array, Arr
     return cov12, var1 * scale1 * scale1, var2 * scale2 * scale2
 
 
+def poles(cov12: Array, s: Array, gap12: Array) -> tuple[Array, Array]:
+    """`(s - cov12, s + cov12)` from the gap, each right to its own last digits."""
+    negative = cov12 < 0
+    return jnp.where(negative, 2 * s - gap12, gap12), jnp.where(negative, gap12, 2 * s - gap12)
+
+
 def sides(cov12: Array, var1: Array, var2: Array, gap12: Array | None = None) -> Sides:
     """The triangle whose angle is theta; with `gap12`, from the gap. Zero variance: (1, 0, 1)."""
     if gap12 is not None:
         s = norm(var1, var2)
-        deviation = jnp.where(s > 0, gap12 * reciprocal(s), 1)  # 1 - cos(theta)
-        deviation = jnp.clip(deviation, 0, 2)
-        return Sides(
-            safe_sqrt(deviation * (2 - deviation)), 1 - deviation, jnp.ones_like(deviation)
-        )
+        deviation = jnp.where(s > 0, gap12 * reciprocal(s), 1)  # 1 - |cos(theta)|
+        deviation = jnp.clip(deviation, 0, 1)
+        cosine = jnp.where(cov12 < 0, deviation - 1, 1 - deviation)
+        return Sides(safe_sqrt(deviation * (2 - deviation)), cosine, jnp.ones_like(cosine))
     c, a, b = _balanced(cov12, var1, var2)
     (c_high, c_low), (a_high, a_low), (b_high, b_low) = _split(c), _split(a), _split(b)
     determinant = (
@@ -106,7 +112,8 @@ def cosine_change(primals, tangents) -> tuple[Array, Array]:
     d_cov12, d_var1, d_var2, *d_gap = tangents
     relative = (d_var1 * reciprocal(var1) + d_var2 * reciprocal(var2)) / 2
     if gap:
-        return gap[0] * relative - d_gap[0], relative
+        change = gap[0] * relative - d_gap[0]
+        return jnp.where(cov12 < 0, -change, change), relative
     return d_cov12 - cov12 * relative, relative
 
 

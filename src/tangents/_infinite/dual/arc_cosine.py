@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from tangents._core.typing import Array
-from tangents._infinite.dual.angle import angle, arcsine, cosine_change, norm, sides
+from tangents._infinite.dual.angle import angle, arcsine, cosine_change, norm, poles, sides
 from tangents._infinite.dual.form import Dual, DualKernel
 
 Hyper = Mapping[str, Any]
@@ -151,12 +151,18 @@ def _piecewise_linear(
 
     def dual(hyper, cov12, var1, var2, gap12=None) -> Dual:
         a, b = slopes(hyper)
-        pair = (cov12, var1, var2) if gap12 is None else (cov12, var1, var2, gap12)
         mean = (a * a + b * b) / 2
         kink = (a - b) * (a - b) / (2 * math.pi)
-        cut = kink * wedge(1, *pair)
-        gap = None if gap12 is None else mean * gap12 + cut
-        return Dual(mean * cov12 - cut, mean - kink * angle(*pair), gap)
+        if gap12 is None:
+            nngp = mean * cov12 - kink * wedge(1, cov12, var1, var2)
+            return Dual(nngp, mean - kink * angle(cov12, var1, var2))
+        # Folded to the nearer pole: T_1(cov12) = pi cov12 + T_1(-cov12).
+        cut = kink * wedge(1, jnp.abs(cov12), var1, var2, gap12)
+        negative, s = cov12 < 0, norm(var1, var2)
+        nngp = jnp.where(negative, a * b, mean) * cov12 - cut
+        near = jnp.where(negative, (a + b) * (a + b) / 2 * s - a * b * gap12, mean * gap12) + cut
+        gap = jnp.where(nngp < 0, mean * s + nngp, near)
+        return Dual(nngp, mean - kink * angle(cov12, var1, var2, gap12), gap)
 
     def diagonal(hyper, var):
         a, b = slopes(hyper)
@@ -192,13 +198,11 @@ ABRELU = _piecewise_linear(_abrelu, lambda hyper: (hyper["a"], hyper["b"]))
 def _sign_dual(hyper, cov12, var1, var2, gap12=None) -> Dual:
     pair = (cov12, var1, var2) if gap12 is None else (cov12, var1, var2, gap12)
     nngp = 2 / math.pi * arcsine(*pair)
-    gap = None if gap12 is None else 2 / math.pi * _sign_gap(*pair)
+    gap = None
+    if gap12 is not None:  # E[sign(u)^2] is 1, and 0 at zero variance
+        fold = angle(jnp.abs(cov12), var1, var2, gap12)
+        gap = jnp.where(norm(var1, var2) > 0, 2 / math.pi * fold, 0)
     return Dual(nngp, jnp.zeros_like(nngp), gap)
-
-
-def _sign_gap(cov12, var1, var2, gap12):
-    # E[sign(u)^2] is 1, and 0 at zero variance.
-    return jnp.where(norm(var1, var2) > 0, angle(cov12, var1, var2, gap12), 0)
 
 
 def _sign_diagonal(hyper: Hyper, var: Array) -> Array:
@@ -220,14 +224,14 @@ def _half_moment(n: int, pair: tuple[Array, ...]) -> Array:
     return _evaluate_moment(n, *pair[:3]) / 2 - wedge(n, *pair) / (2 * math.pi)
 
 
-def _moment_gap(n: int, cov12: Array, s: Array, gap12: Array) -> Array:
-    """s^n p_n(1) - P_n, with the factor s - cov12 taken out."""
+def _moment_gap(n: int, cov12: Array, s: Array, near: Array) -> Array:
+    """s^n p_n(1) - P_n, with the factor `near` = s - cov12 taken out."""
     total = jnp.zeros_like(cov12)
     for k, coefficient in enumerate(full_moment(n)):
         if coefficient:
             powers = (s ** (n - 1 - j) * cov12**j for j in range(k))
             total = total + coefficient * sum(powers, jnp.zeros_like(cov12))
-    return gap12 * total
+    return near * total
 
 
 @functools.cache
@@ -249,9 +253,10 @@ def rectified_monomial(degree: int) -> DualKernel:
         d_nngp = n * n * _half_moment(n - 1, pair) if n else jnp.zeros_like(nngp)
         gap = None
         if gap12 is not None and n == 0:
-            gap = _sign_gap(*pair) / (2 * math.pi)
+            gap = jnp.where(norm(var1, var2) > 0, angle(*pair) / (2 * math.pi), 0)
         elif gap12 is not None:
-            smooth = _moment_gap(n, cov12, norm(var1, var2), gap12)
+            s = norm(var1, var2)
+            smooth = _moment_gap(n, cov12, s, poles(cov12, s, gap12)[0])
             gap = smooth / 2 + wedge(n, *pair) / (2 * math.pi)
         return Dual(nngp, d_nngp, gap)
 

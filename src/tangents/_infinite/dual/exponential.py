@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from tangents._core.typing import Array
-from tangents._infinite.dual.angle import norm, reciprocal, safe_sqrt, sine_squared
+from tangents._infinite.dual.angle import norm, poles, reciprocal, safe_sqrt, sine_squared
 from tangents._infinite.dual.form import Dual, DualKernel
 
 
@@ -23,7 +23,7 @@ def squared_distance(cov12: Array, var1: Array, var2: Array, gap12: Array | None
         return var1 + var2 - 2 * cov12
     root_sum = safe_sqrt(var1) + safe_sqrt(var2)
     root_difference = (var1 - var2) * reciprocal(root_sum)
-    return root_difference * root_difference + 2 * gap12
+    return root_difference * root_difference + 2 * poles(cov12, norm(var1, var2), gap12)[0]
 
 
 # ---- phi(x) = a sin(b x + c), a cos(b x + c) -----------------------------------------------------
@@ -184,7 +184,7 @@ def exp_normalized(do_clip: bool) -> DualKernel:
     def correlation(cov12, s, gap12):
         positive = s > 0
         if gap12 is not None:
-            rho = jnp.where(positive, 1 - gap12 * reciprocal(s), 0)
+            rho = jnp.where(positive, 1 - poles(cov12, s, gap12)[0] * reciprocal(s), 0)
         else:
             rho = cov12 * reciprocal(s)
         if do_clip:  # the derivative is that of the function that is not clipped
@@ -197,7 +197,7 @@ def exp_normalized(do_clip: bool) -> DualKernel:
         value = jnp.exp(gamma * (correlation(cov12, s, gap12) + shift))
         gap = None
         if gap12 is not None:
-            rest = -jnp.expm1(-gamma * gap12 * reciprocal(s))
+            rest = -jnp.expm1(-gamma * poles(cov12, s, gap12)[0] * reciprocal(s))
             gap = s * jnp.exp(gamma * (1 + shift)) * rest
         return Dual(s * value, gamma * value, gap)
 

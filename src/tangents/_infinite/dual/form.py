@@ -20,8 +20,8 @@ from tangents._core.typing import Array
 class Dual(NamedTuple):
     """Both expectations and, where the caller carries the gap, the gap after the layer.
 
-    gap12: sqrt(E[phi(u)^2] E[phi(v)^2]) - nngp, if `gap12` was given and the family has a stable
-    form of it; else `None`.
+    gap12: sqrt(E[phi(u)^2] E[phi(v)^2]) - |nngp|, if `gap12` = sqrt(var1 var2) - |cov12| was given
+    and the family has a stable form of it; else `None`.
     """
 
     nngp: Array
