@@ -82,12 +82,13 @@ def ElementwiseNumerical(
 
     >>> import warnings
     >>> import jax.numpy as jnp
+    >>> import numpy as np
     >>> from tangents import stax
     >>> with warnings.catch_warnings():
     ...     warnings.simplefilter("ignore")
     ...     layer = stax.ElementwiseNumerical(jnp.tanh, deg=30)
     >>> _, _, kernel_fn = stax.serial(stax.Dense(1), layer)
-    >>> kernel_fn(jnp.ones((1, 2)), None, "nngp").round(4).tolist()
+    >>> print(np.asarray(kernel_fn(jnp.ones((1, 2)), None, "nngp")).round(4))
     [[0.3943]]
     """
     if not isinstance(deg, int) or deg < 1:

@@ -31,10 +31,12 @@ def Relu(do_stabilize: bool = False) -> Layer:
       do_stabilize: without effect; the kernel is always computed in the stable form.
 
     >>> import jax.numpy as jnp
+    >>> import numpy as np
     >>> from tangents import stax
     >>> _, _, kernel_fn = stax.serial(stax.Dense(1), stax.Relu())
-    >>> kernel_fn(2.0 * jnp.eye(2), None, "nngp").round(4).tolist()
-    [[1.0, 0.3183], [0.3183, 1.0]]
+    >>> print(np.asarray(kernel_fn(2.0 * jnp.eye(2), None, "nngp")).round(4))
+    [[1.     0.3183]
+     [0.3183 1.    ]]
     """
     return nonlinearity("Relu", RELU)
 

@@ -30,9 +30,10 @@ def Erf(a: Any = 1.0, b: Any = 1.0, c: Any = 0.0) -> Layer:
       c: shift of the output.
 
     >>> import jax.numpy as jnp
+    >>> import numpy as np
     >>> from tangents import stax
     >>> _, _, kernel_fn = stax.serial(stax.Dense(1), stax.Erf())
-    >>> kernel_fn(jnp.ones((1, 2)), None, "nngp").round(4).tolist()
+    >>> print(np.asarray(kernel_fn(jnp.ones((1, 2)), None, "nngp")).round(4))
     [[0.4646]]
     """
     return nonlinearity("Erf", ERF, a=a, b=b, c=c)
@@ -63,9 +64,10 @@ def Gelu(approximate: bool = False) -> Layer:
       approximate: `apply_fn` uses the tanh approximation; the kernel is always the exact one.
 
     >>> import jax.numpy as jnp
+    >>> import numpy as np
     >>> from tangents import stax
     >>> _, _, kernel_fn = stax.serial(stax.Dense(1), stax.Gelu())
-    >>> kernel_fn(jnp.ones((1, 2)), None, "nngp").round(4).tolist()
+    >>> print(np.asarray(kernel_fn(jnp.ones((1, 2)), None, "nngp")).round(4))
     [[0.4252]]
     """
     return nonlinearity("Gelu", GELU_TANH if approximate else GELU)
@@ -121,10 +123,12 @@ def Rbf(gamma: Any = 1.0) -> Layer:
       gamma: inverse squared length scale, γ.
 
     >>> import jax.numpy as jnp
+    >>> import numpy as np
     >>> from tangents import stax
     >>> _, _, kernel_fn = stax.serial(stax.Dense(1), stax.Rbf(0.5))
-    >>> kernel_fn(jnp.eye(2), None, "nngp").round(4).tolist()
-    [[1.0, 0.6065], [0.6065, 1.0]]
+    >>> print(np.asarray(kernel_fn(jnp.eye(2), None, "nngp")).round(4))
+    [[1.     0.6065]
+     [0.6065 1.    ]]
     """
     return nonlinearity("Rbf", RBF, gamma=gamma)
 
@@ -198,9 +202,11 @@ def ExpNormalized(gamma: Any = 1, shift: Any = -1, do_clip: bool = False) -> Lay
       NotImplementedError: in `apply_fn`.
 
     >>> import jax.numpy as jnp
+    >>> import numpy as np
     >>> from tangents import stax
     >>> _, _, kernel_fn = stax.serial(stax.Dense(1), stax.ExpNormalized())
-    >>> kernel_fn(jnp.eye(2), None, "nngp").round(4).tolist()
-    [[1.0, 0.3679], [0.3679, 1.0]]
+    >>> print(np.asarray(kernel_fn(jnp.eye(2), None, "nngp")).round(4))
+    [[0.5    0.1839]
+     [0.1839 0.5   ]]
     """
     return nonlinearity("ExpNormalized", exp_normalized(bool(do_clip)), gamma=gamma, shift=shift)
