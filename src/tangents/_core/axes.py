@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from jax import lax
 
 from tangents._core.errors import describe_axes
 from tangents._core.typing import Array, Axes
@@ -138,6 +139,9 @@ class PairAxes:
                 swap += [position + 1, position]
                 first.append(position)
                 second.append(position + 1)
+        # Without a barrier XLA may fuse the sum that made the kernel into both branches below and
+        # round it differently in each.
+        kernel = lax.optimization_barrier(kernel)
         row = _flat_index(kernel.shape, first)
         column = _flat_index(kernel.shape, second)
         return jnp.where(row >= column, kernel, jnp.transpose(kernel, swap))
