@@ -69,28 +69,6 @@ from tangents._infinite.layers.nonlinearity_smooth import (
     Sigmoid_like,
     Sin,
 )
-from tangents._infinite.layers.nonlinearity_elementwise import Elementwise, ElementwiseNumerical
-from tangents._infinite.layers.nonlinearity_kinked import (
-    ABRelu,
-    Abs,
-    LeakyRelu,
-    RectifiedMonomial,
-    Relu,
-    Sign,
-)
-from tangents._infinite.layers.nonlinearity_polynomial import Hermite, Monomial, Polynomial
-from tangents._infinite.layers.nonlinearity_smooth import (
-    Cos,
-    Erf,
-    Exp,
-    ExpNormalized,
-    Gabor,
-    Gaussian,
-    Gelu,
-    Rbf,
-    Sigmoid_like,
-    Sin,
-)
 from tangents._infinite.layers.norm import LayerNorm, RMSNorm
 from tangents._infinite.layers.pool import AvgPool, GlobalAvgPool, GlobalSumPool, SumPool
 from tangents._infinite.layers.shape import Identity, ImageResize, Index, Slice

@@ -121,10 +121,10 @@ def _contexts(node: Node, s: State, out1, out2, need: Need, patterns) -> dict[st
         1,
     ):
         n = signal.batch
-        same = None
-        if index is not None:
-            # A side pass pairs the examples of one draw.
-            same = index[:, None] == index[None] if s.side_pairs else jnp.ones((n,), bool)
+        # A side pass pairs the examples of one draw.
+        same = jnp.ones((n,), bool)
+        if s.side_pairs:
+            same = jnp.eye(n, dtype=bool) if index is None else index[:, None] == index[None]
         contexts[f"side{k}"] = Context(
             in1=signal,
             in2=signal,
@@ -197,7 +197,7 @@ def step(node: Node, state: Any, need: Need, patterns: tuple[Any, Any]) -> Any:
         for k, position in ((1, position1), (2, position2)):
             if k == 2 and shared:
                 continue
-            tiles = [Tile(c[f"side{k}"].side1) for c in contexts]
+            tiles = [_pin(node, c[f"side{k}"], Tile(c[f"side{k}"].side1)) for c in contexts]
             out = node.rule(pick([c[f"side{k}"] for c in contexts]), pick(tiles)).cov12
             sides[k - 1] = _remask(out, position, position, side_layout, first.side_pairs)
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from tangents._core.get import Get, canonical_get, select
 from tangents._core.kwargs import same_inputs
+from tangents._infinite.execute import run
 from tangents._infinite.graph import Node
 from tangents._infinite.inputs import check_inputs, collapse_mask
 from tangents._infinite.kernel import Kernel, from_state, to_state
@@ -23,7 +25,18 @@ from tangents._infinite.planner import (
     cast_hyperparameters,
     check_batch_axes,
     compute,
+    explanation,
+    input_signals,
     make_plan,
+)
+from tangents._infinite.tile import Layout, Need
+from tangents._infinite.tiling import (
+    bytes_a_pair,
+    can_tile,
+    eager_tiles,
+    stages,
+    tile_sizes,
+    traced_tiles,
 )
 
 
@@ -180,47 +193,145 @@ class KernelFn:
         return choose(result, names)
 
     def _from_kernel(self, kernel, want_ntk, want_sides, pattern, diagonal_spatial, kwargs):
-        from tangents._infinite.execute import run
-        from tangents._infinite.graph import join_needs
-
         node = cast_hyperparameters(self.node)
         leaf = kernel
         while isinstance(leaf, (list, tuple)):
             leaf = leaf[0]
         diagonal = leaf.diagonal_spatial if diagonal_spatial is None else diagonal_spatial
-        plan = make_plan(node, kernel, want_ntk, want_sides, leaf.diagonal_batch, None)
-        layout = _layout(diagonal and join_needs(plan.input_need).tile is not None)
-        need = plan.need._replace(tile=layout, side=layout if want_sides else plan.need.side)
-        patterns = _pattern_pair(pattern)
-        extra = dict(kwargs) if pattern is None else {**kwargs, "pattern": pattern}
-        state = run(node, to_state(kernel), need, patterns, extra)
+        layout = Layout.DIAGONAL if diagonal else Layout.FULL
+        need = Need(layout, layout if want_sides else Layout.NONE)
+        state = run(node, to_state(kernel), need, _pattern_pair(pattern), _extra(kwargs, pattern))
         return from_state(state, leaf.x1_is_x2, want_ntk)
 
     def _from_inputs(self, plan: Plan, x1, x2, pattern, mask_constant, memory, kwargs):
         check_batch_axes(plan)
         patterns = _pattern_pair(pattern)
         equal = same_inputs(x1, x2)
-        x1_is_x2 = jnp.asarray(equal)
-        (x1, mask1), (x2v, mask2) = split_masks(x1, mask_constant), (x2, None)
-        if x2 is None and patterns[0] is not patterns[1]:
-            x2 = x1 if mask_constant is None else jax.tree.map(lambda x: x, x1)
-            x2v, mask2 = x1, mask1
-        elif x2 is not None:
-            x2v, mask2 = split_masks(x2, mask_constant)
+        x1, mask1 = split_masks(x1, mask_constant)
+        x2, mask2 = (None, None) if x2 is None else split_masks(x2, mask_constant)
         mask1, mask2 = _collapse(mask1, plan.axes), _collapse(mask2, plan.axes)
-        index = (None, None)
-        if equal is not False:
-            index = tuple(jnp.arange(n) for n in _batch_sizes(plan, x1, x1 if x2v is None else x2v))
-        extra = dict(kwargs) if pattern is None else {**kwargs, "pattern": pattern}
+        symmetric = x2 is None
+        if symmetric and patterns[0] is not patterns[1]:
+            x2, mask2 = x1, mask1  # one input on two graphs: its sides differ
         node = cast_hyperparameters(self.node)
-        state = compute(node, plan, x1, x2v, mask1, mask2, x1_is_x2, index, patterns, extra)
-        return from_state(state, x1_is_x2, plan.want_ntk)
+        n1, n2 = _batch_sizes(plan, x1, x1 if x2 is None else x2)
+        sides = ((x1, mask1, patterns[0]), (x2, mask2, patterns[1]))
+
+        def tile(i1, i2, one_block):
+            (a, m1, p1), (b, m2, p2) = sides
+            if i1 is not None:
+                a, m1, p1 = _take(a, m1, p1, i1, plan.axes)
+                if x2 is None and not one_block:
+                    b, m2, p2 = _take(x1, mask1, patterns[0], i2, plan.axes)
+                elif x2 is not None:
+                    b, m2, p2 = _take(b, m2, p2, i2, plan.axes)
+                if one_block:
+                    p2 = p1
+            index = (None, None)
+            if equal is not False:
+                index = (
+                    jnp.arange(n1) if i1 is None else jnp.asarray(i1),
+                    jnp.arange(n2) if i2 is None else jnp.asarray(i2),
+                )
+            extra = _extra(kwargs, pattern)
+            state = compute(node, plan, a, b, m1, m2, jnp.asarray(equal), index, (p1, p2), extra)
+            kernel = from_state(state, None, plan.want_ntk)
+            return _set_x1_is_x2(kernel, jnp.asarray(equal))
+
+        tracing = any(isinstance(u, Tracer) for u in jax.tree.leaves((x1, x2, node, patterns)))
+        if memory is None and tracing:
+            return _without_second_side(tile(None, None, False), symmetric)
+        sizes = self._tile_sizes(node, plan, x1, n1, n2, memory)
+        if sizes is None or sizes == (n1, n2):
+            return _without_second_side(tile(None, None, False), symmetric)
+        run_tiles = traced_tiles if tracing else eager_tiles
+        return run_tiles(tile, n1, n2, *sizes, symmetric and x2 is None)
+
+    def _tile_sizes(self, node, plan: Plan, x1, n1: int, n2: int, memory) -> Any:
+        """Tile sizes for the budget, or None where examples cannot be taken apart."""
+        if not can_tile(node, plan.side_pairs):
+            if memory is not None:
+                raise ValueError(
+                    f"kernel_fn: memory={memory!r}: a layer of this network may mix examples, so "
+                    "they cannot be computed in tiles: leave memory=None"
+                )
+            return None
+        if not n1 or not n2:
+            return None
+        pair = bytes_a_pair(node, input_signals(plan, x1), plan.need, plan.want_ntk)
+        return tile_sizes(n1, n2, pair, memory)
+
+    def explain(self, x1: Any, x2: Any = None, get: Get = None, **kwargs: Any) -> str:
+        """What `kernel_fn(x1, x2, get, ...)` computes, layer by layer, as a table.
+
+        Args:
+          x1: inputs, or anything with their shapes.
+          x2: inputs, or None.
+          get: as in a call.
+          **kwargs: `diagonal_batch`, `diagonal_spatial`, `memory` as in a call.
+
+        Returns:
+          A text: one line for each layer with its place, the shape of its output, the layout of its
+          covariance (pairs of positions: all, or equal ones only), that of the two sides, and the
+          bytes of one array; then how the pairs of examples are cut into tiles.
+
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, _, kernel_fn = stax.serial(stax.Conv(4, (3,)), stax.Relu(), stax.Flatten())
+        >>> print(kernel_fn.explain(jnp.ones((2, 8, 1)), get="nngp"))
+        layer              output      pairs of positions  sides  one array
+        layer 0 (Conv)     (2, 6, 4)   equal               equal  96 B
+        layer 1 (Relu)     (2, 6, 4)   equal               none   96 B
+        layer 2 (Flatten)  (2, 24)     equal               none   16 B
+        examples: 2 x 2 pairs in one tile
+        """
+        memory = kwargs.pop("memory", None)
+        names = canonical_get(get)
+        asked = (names,) if isinstance(names, str) else names
+        want_ntk = asked is None or "ntk" in asked
+        want_sides = asked is None or "cov1" in asked or "cov2" in asked
+        plan = make_plan(
+            self.node,
+            x1,
+            want_ntk,
+            want_sides,
+            kwargs.get("diagonal_batch"),
+            kwargs.get("diagonal_spatial"),
+        )
+        n1, n2 = _batch_sizes(plan, x1, x1 if x2 is None else x2)
+        listed, _ = stages(self.node, input_signals(plan, x1), plan.need)
+        sizes = self._tile_sizes(self.node, plan, x1, n1, n2, memory)
+        return explanation(listed, n1, n2, sizes)
 
 
-def _layout(diagonal: bool):
-    from tangents._infinite.tile import Layout
+def _extra(kwargs: dict[str, Any], pattern: Any) -> dict[str, Any]:
+    """Keyword arguments for functions of the user's own."""
+    return dict(kwargs) if pattern is None else {**kwargs, "pattern": pattern}
 
-    return Layout.DIAGONAL if diagonal else Layout.FULL
+
+def _take(x: Any, mask: Any, pattern: Any, index: Any, axes: Any) -> tuple[Any, Any, Any]:
+    """Some examples of an input, its mask and its pattern."""
+
+    def each(u, a):
+        if isinstance(u, list):
+            return [each(v, b) for v, b in zip(u, a, strict=True)]
+        return u if u is None else jnp.take(u, index, axis=a[0])
+
+    pattern = None if pattern is None else jnp.take(pattern, index, axis=0)
+    return each(x, axes), each(mask, axes), pattern
+
+
+def _set_x1_is_x2(kernel: Any, value: Any) -> Any:
+    if isinstance(kernel, list):
+        return [_set_x1_is_x2(k, value) for k in kernel]
+    return kernel.replace(x1_is_x2=value)
+
+
+def _without_second_side(kernel: Any, symmetric: bool) -> Any:
+    """With x2 = None the second side is the first, and not repeated."""
+    if isinstance(kernel, list):
+        return [_without_second_side(k, symmetric) for k in kernel]
+    return kernel.replace(cov2=None) if symmetric else kernel
 
 
 def is_kernel(x: Any) -> bool:

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from tangents._core.memory import format_bytes
 from tangents._infinite.execute import run
 from tangents._infinite.graph import Node, any_node, first_axes, join_needs
-from tangents._infinite.inputs import input_state, warn_batch_axis
-from tangents._infinite.tile import Layout, Need
+from tangents._infinite.inputs import TOKENS, input_state, warn_batch_axis
+from tangents._infinite.tile import Layout, Need, Signal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,3 +158,46 @@ def check_batch_axes(plan: Plan) -> None:
             warn_batch_axis(axes[0])
 
     check(plan.axes)
+
+
+def input_signals(plan: Plan, x: Any) -> Any:
+    """Descriptions of the inputs, a list where they are one; `x` needs shapes only."""
+
+    def describe(x, axes):
+        if isinstance(x, (list, tuple)):
+            return [describe(u, a) for u, a in zip(x, axes, strict=True)]
+        batch, channel = axes
+        if channel == TOKENS:
+            return Signal((*x.shape, 1), batch, -1)
+        if channel is None:
+            shape = (x.shape[batch], math.prod(x.shape) // max(x.shape[batch], 1))
+            return Signal(shape, 0, 1)
+        return Signal(tuple(x.shape), batch, channel)
+
+    return describe(x, plan.axes)
+
+
+_WORDS = {Layout.NONE: "none", Layout.DIAGONAL: "equal", Layout.FULL: "all"}
+
+
+def explanation(stages: list, n1: int, n2: int, sizes: Any) -> str:
+    """The table of `kernel_fn.explain`."""
+    itemsize = jnp.zeros(()).dtype.itemsize
+    rows = [("layer", "output", "pairs of positions", "sides", "one array")]
+    for stage in stages:
+        after = stage.after if isinstance(stage.after, list) else [stage.after]
+        spatial = math.prod(after[0].spatial)
+        power = 2 if stage.need_out.tile == Layout.FULL else 1
+        size = n1 * n2 * spatial**power * itemsize
+        shape = ", ".join(str(tuple(s.shape)) for s in after)
+        need = stage.need_out
+        rows.append((stage.place, shape, _WORDS[need.tile], _WORDS[need.side], format_bytes(size)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+    if sizes is None:
+        lines.append(f"examples: {n1} x {n2} pairs at once (layers mix examples)")
+    elif tuple(sizes) == (n1, n2):
+        lines.append(f"examples: {n1} x {n2} pairs in one tile")
+    else:
+        lines.append(f"examples: {n1} x {n2} pairs in tiles of {sizes[0]} x {sizes[1]}")
+    return "\n".join(lines)

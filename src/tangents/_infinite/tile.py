@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 class Layout(enum.IntEnum):
@@ -108,10 +109,24 @@ class Signal:
 
 
 def spatial_diagonal(a: jax.Array, n_batch: int) -> jax.Array:
-    """`(pairs, H, H, W, W)` to `(pairs, H, W)`."""
+    """`(pairs, H, H, W, W)` to `(pairs, H, W)`.
+
+    By strided slices: `jnp.diagonal` is a gather, and XLA on CPU (JAX 0.10.2) computed wrong numbers
+    where one was fused with a convolution between two nonlinearities
+    (`test_whole_programs_agree_with_layer_programs`).
+    """
     for i in range((a.ndim - n_batch) // 2):
-        a = jnp.moveaxis(jnp.diagonal(a, axis1=n_batch + i, axis2=n_batch + i + 1), -1, n_batch + i)
+        axis = n_batch + i
+        size = a.shape[axis]
+        a = a.reshape((*a.shape[:axis], size * size, *a.shape[axis + 2 :]))
+        a = lax.slice_in_dim(a, 0, size * size, size + 1, axis) if size else a
     return a
+
+
+def example_diagonal(a: jax.Array) -> jax.Array:
+    """`(n, n, ...)` to `(n, ...)`."""
+    n = a.shape[0]
+    return lax.slice_in_dim(a.reshape((n * n, *a.shape[2:])), 0, n * n, n + 1) if n else a[0:0, 0]
 
 
 def embed_diagonal(a: jax.Array, n_batch: int) -> jax.Array:
@@ -181,13 +196,18 @@ class Context:
         """Second moments of one example at one position, `(n, H, W)`; side is 1 or 2."""
         a = self.side1 if side == 1 else self.side2
         if self.side_pairs:
-            a = jnp.moveaxis(jnp.diagonal(a, axis1=0, axis2=1), -1, 0)
+            a = example_diagonal(a)
         return spatial_diagonal(a, 1) if self.side_layout == Layout.FULL else a
 
     @property
     def variances(self) -> tuple[jax.Array, jax.Array]:
-        """`(var1, var2)`, broadcastable to `tile.cov12`."""
-        return self.pair(self.variance(1), self.variance(2))
+        """`(var1, var2)`, broadcastable to `tile.cov12`; one and the same for equal entries."""
+        var1, var2 = self.pair(self.variance(1), self.variance(2))
+        same = self.same_entries
+        if same is not None and self.in1 == self.in2:
+            # Also where a compiler computes the two sides with different roundings.
+            var2 = jnp.where(same, var1, var2)
+        return var1, var2
 
     @property
     def same_entries(self) -> jax.Array | None:

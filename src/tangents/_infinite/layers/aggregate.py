@@ -98,11 +98,11 @@ class AggregateNode(Node):
         order = (batch, *axes, *rest)
         moved = jnp.transpose(x, order)
         flat = moved.reshape((moved.shape[0], math.prod(sizes), -1))
-        place = jnp.zeros(edges.shape[:2] + (2,), edges.dtype)
+        # As for NumPy, a negative tail counts from the end; a negative head goes nowhere: padding.
+        there = jnp.all(edges[..., 1] >= 0, axis=-1)
+        place = jnp.zeros((*edges.shape[:2], 2), edges.dtype)
         for k, size in enumerate(sizes):
-            place = place * size + edges[:, :, k, :]
-        there = jnp.all(edges >= 0, axis=(-2, -1))  # a negative entry pads the list
-        place = jnp.where(there[..., None], place, jnp.zeros((), edges.dtype))
+            place = place * size + edges[:, :, k, :] % size
 
         def one(example, tails, heads, is_edge):
             read = jnp.where(is_edge[:, None], example[tails], jnp.zeros((), x.dtype))
@@ -157,7 +157,7 @@ def Aggregate(
       to_dense: function from a pattern to adjacency matrices.
       implementation: 'DENSE': A is (batch, *axes, *axes), sources before targets. 'SPARSE': integer
         edges (batch, edges, number of axes, 2), or (batch, edges, 2) for one axis, each a tail and
-        a head; edges with negative entries are padding.
+        a head; edges with a negative head are padding.
 
     >>> import jax.numpy as jnp
     >>> from tangents import stax

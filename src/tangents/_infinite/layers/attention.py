@@ -36,7 +36,7 @@ from tangents._infinite.layers.axes import (
     collapse_channels,
 )
 from tangents._infinite.layers.pool import needs_all_pairs
-from tangents._infinite.tile import Layout, Need, Tile
+from tangents._infinite.tile import Layout, Need, Tile, example_diagonal
 
 _einsum = functools.partial(jnp.einsum, precision=precision.DEFAULT)
 
@@ -306,7 +306,7 @@ class AttentionNode(Node):
         """Attention weights of one side, (n, P, P)."""
         a = context.side1 if side == 1 else context.side2
         if context.side_pairs:
-            a = jnp.moveaxis(jnp.diagonal(a, axis1=0, axis2=1), -1, 0)
+            a = example_diagonal(a)
         a = _flat_positions(a, 1, P)
         keep = 1 if mask is None else (~mask).astype(a.dtype).reshape((mask.shape[0], P))
         scores = self.W_query_std * self.W_key_std * embed(a, keep, keep)
