@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from tangents import frontends
-from tangents._core.precision import PrecisionLike
 from tangents._core.typing import ApplyFn, Axes, PyTree, VMapAxes
 from tangents._finite.functions import (
     empirical_kernel_fn,
@@ -38,6 +38,10 @@ __all__ = [
     "linearize_tf",
     "taylor_expand_tf",
 ]
+
+
+# As in JAX, so that a change of framework changes nothing else.
+_IMPLEMENTATION = inspect.signature(empirical_ntk_fn).parameters["implementation"].default
 
 
 def get_apply_fn_and_params(
@@ -81,13 +85,13 @@ def empirical_ntk_fn_tf(
     trace_axes: Axes = (-1,),
     diagonal_axes: Axes = (),
     vmap_axes: VMapAxes = None,
-    implementation: NtkImplementation | int | str = NtkImplementation.JACOBIAN_CONTRACTION,
+    implementation: NtkImplementation | int | str = _IMPLEMENTATION,
     _j_rules: bool = True,
     _s_rules: bool = True,
     _fwd: bool | None = None,
     *,
-    precision: PrecisionLike = None,
     example_input: PyTree | None = None,
+    **options: Any,
 ) -> Callable[..., PyTree]:
     """The neural tangent kernel of a TensorFlow model, as a `tf.function`.
 
@@ -103,8 +107,8 @@ def empirical_ntk_fn_tf(
         _j_rules: structured derivatives only: use rules for Jacobians of primitives.
         _s_rules: structured derivatives only: use rules for the structure of primitives.
         _fwd: structured derivatives only: forward mode (True), reverse (False), or choose (None).
-        precision: of the contraction: None (highest), or a `jax.lax.Precision` or its name.
         example_input: an input for models that are not built, or whose input's shape is not known.
+        **options: further ones of the JAX function, such as `precision`.
 
     Returns:
         `kernel_fn(x1, x2, params)`, a `tf.function` of tensors: `x2` may be None and stands for x1
@@ -137,7 +141,7 @@ def empirical_ntk_fn_tf(
         _j_rules,
         _s_rules,
         _fwd,
-        precision=precision,
+        **options,
     )
     return tensors.wrap(lambda x1, x2, params: kernel_fn(x1, x2, params), caller=caller)
 
@@ -147,8 +151,8 @@ def empirical_nngp_fn_tf(
     trace_axes: Axes = (-1,),
     diagonal_axes: Axes = (),
     *,
-    precision: PrecisionLike = None,
     example_input: PyTree | None = None,
+    **options: Any,
 ) -> Callable[..., PyTree]:
     """The conjugate kernel of a TensorFlow model, as a `tf.function`: f(θ, x1) f(θ, x2)ᵀ.
 
@@ -156,8 +160,8 @@ def empirical_nngp_fn_tf(
         f: a Keras model or layer, a `tf.Module`, or a `tf.function` of `(params, x)`.
         trace_axes: output axes to average over, as in `tangents.empirical_nngp_fn`.
         diagonal_axes: output axes of which only the diagonal pairs are kept.
-        precision: of the contraction: None (highest), or a `jax.lax.Precision` or its name.
         example_input: an input for models that are not built.
+        **options: further ones of the JAX function, such as `precision`.
 
     Returns:
         `nngp_fn(x1, x2, params)`, called as the result of `empirical_ntk_fn_tf`.
@@ -168,9 +172,7 @@ def empirical_nngp_fn_tf(
     """
     caller = "empirical_nngp_fn_tf"
     tensors = _on_tensors(caller)
-    nngp_fn = empirical_nngp_fn(
-        _apply_fn(f, example_input), trace_axes, diagonal_axes, precision=precision
-    )
+    nngp_fn = empirical_nngp_fn(_apply_fn(f, example_input), trace_axes, diagonal_axes, **options)
     return tensors.wrap(lambda x1, x2, params: nngp_fn(x1, x2, params), caller=caller)
 
 
@@ -179,13 +181,13 @@ def empirical_kernel_fn_tf(
     trace_axes: Axes = (-1,),
     diagonal_axes: Axes = (),
     vmap_axes: VMapAxes = None,
-    implementation: NtkImplementation | int | str = NtkImplementation.JACOBIAN_CONTRACTION,
+    implementation: NtkImplementation | int | str = _IMPLEMENTATION,
     _j_rules: bool = True,
     _s_rules: bool = True,
     _fwd: bool | None = None,
     *,
-    precision: PrecisionLike = None,
     example_input: PyTree | None = None,
+    **options: Any,
 ) -> Callable[..., PyTree]:
     """NNGP and NTK of a TensorFlow model in one `tf.function`.
 
@@ -198,8 +200,8 @@ def empirical_kernel_fn_tf(
         _j_rules: structured derivatives only.
         _s_rules: structured derivatives only.
         _fwd: structured derivatives only.
-        precision: of the contractions.
         example_input: an input for models that are not built.
+        **options: further ones of the JAX function, such as `precision`.
 
     Returns:
         `kernel_fn(x1, x2, get, params)` with `get` 'nngp', 'ntk', a tuple of these or None (both),
@@ -221,7 +223,7 @@ def empirical_kernel_fn_tf(
         _j_rules,
         _s_rules,
         _fwd,
-        precision=precision,
+        **options,
     )
 
     def of_tensors(x1: PyTree, x2: PyTree | None, get: Any, params: PyTree) -> PyTree:

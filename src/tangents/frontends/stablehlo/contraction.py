@@ -24,7 +24,8 @@ def dot_general(op: Operation, operands: list[Value], machine: Machine) -> list[
     text = op.attributes["dot_dimension_numbers"]
     contracting = tuple(integers(text, f"{side}_contracting_dimensions") for side in ("lhs", "rhs"))
     batching = tuple(integers(text, f"{side}_batching_dimensions") for side in ("lhs", "rhs"))
-    return [_dot_general(op, *operands, (contracting, batching))]
+    lhs, rhs = operands
+    return [_dot_general(op, lhs, rhs, (contracting, batching))]
 
 
 def _dot_general(op: Operation, lhs: Value, rhs: Value, dimension_numbers: tuple) -> Value:

@@ -6,14 +6,16 @@ operand; `jax.lax.max` would give half to each.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from tangents.frontends.stablehlo.evaluation import Machine, Value, fold, rule
+from tangents.frontends.stablehlo.evaluation import Machine, Value, fold, is_splat, rule
 from tangents.frontends.stablehlo.program import Operation, canonical
 
 _UNARY: dict[str, Callable[[Any], Any]] = {
@@ -58,6 +60,12 @@ _UNARY: dict[str, Callable[[Any], Any]] = {
     "chlo.square": lax.square,
     "chlo.tan": lax.tan,
 }
+# Some of them are left under the older dialect.
+_UNARY |= {
+    name.replace("chlo", "mhlo"): function
+    for name, function in _UNARY.items()
+    if name.startswith("chlo")
+}
 
 
 def _maximum(x: Value, y: Value) -> Value:
@@ -82,7 +90,6 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "atan2": lax.atan2,
     "complex": lax.complex,
     "divide": lax.div,
-    "maximum": _maximum,
     "minimum": _minimum,
     "multiply": _for_booleans(lax.bitwise_and, lax.mul),
     "or": lax.bitwise_or,
@@ -102,6 +109,9 @@ _COMPARISONS = {
     "GT": (lax.gt, np.greater),
     "GE": (lax.ge, np.greater_equal),
 }
+
+
+_RELU = re.compile(r"(^|/)Relu(_\d+)?$")
 
 
 def _register_unary(name: str, function: Callable[[Any], Any]) -> None:
@@ -125,6 +135,15 @@ for _name, _function in _BINARY.items():
 def direction(op: Operation) -> str:
     """`LT` of the comparison direction of an operation."""
     return str(op.attributes["comparison_direction"]).rstrip(">").split()[-1]
+
+
+@rule("maximum")
+def maximum(op: Operation, operands: list[Value], machine: Machine) -> list[Value]:
+    """The larger of two; TensorFlow's Relu, which XLA makes one of these, is zero at a tie."""
+    x, y = operands
+    if _RELU.search(op.where) and is_splat(y, 0.0):
+        return [jax.nn.relu(x)]
+    return [_maximum(x, y)]
 
 
 @rule("compare")

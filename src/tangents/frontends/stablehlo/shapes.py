@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 from jax import lax
 
-from tangents.frontends.stablehlo.evaluation import Machine, Value, fold, rule
+from tangents.frontends.stablehlo.evaluation import (
+    Machine,
+    UnsupportedOperation,
+    Value,
+    describe,
+    fold,
+    is_known,
+    rule,
+)
 from tangents.frontends.stablehlo.program import Operation, canonical
 
 
@@ -65,7 +73,24 @@ def concatenate(op: Operation, operands: list[Value], machine: Machine) -> list[
 def pad(op: Operation, operands: list[Value], machine: Machine) -> list[Value]:
     """Edge and interior padding; negative padding cuts."""
     keys = ("edge_padding_low", "edge_padding_high", "interior_padding")
-    return [lax.pad(*operands, list(zip(*(_ints(op, k) for k in keys), strict=True)))]
+    array, value = operands
+    return [lax.pad(array, value, list(zip(*(_ints(op, k) for k in keys), strict=True)))]
+
+
+@rule("set_dimension_size")
+def set_dimension_size(op: Operation, operands: list[Value], machine: Machine) -> list[Value]:
+    """Nothing, where the size that is set is the one the array has."""
+    array, size = operands
+    if not is_known(size) or int(size) != array.shape[int(op.attributes["dimension"])]:
+        raise UnsupportedOperation(f"{describe(op)}: a size that depends on data")
+    return [array]
+
+
+@rule("get_dimension_size")
+def get_dimension_size(op: Operation, operands: list[Value], machine: Machine) -> list[Value]:
+    """The size of an axis."""
+    size = operands[0].shape[int(op.attributes["dimension"])]
+    return [np.asarray(size, canonical(op.types[0].dtype))]
 
 
 def _ints(op: Operation, key: str) -> tuple[int, ...]:

@@ -109,9 +109,13 @@ def _as_model(kind: Kind, variables: Sequence[Variable]) -> Kind:
     """Without x64 JAX has no float64 to give to a model that computes in it."""
     shape, dtype = kind
     floating = {variable.dtype for variable in variables if variable.dtype.kind == "f"}
-    if dtype == np.float32 and floating == {np.dtype(np.float64)} and not jax.config.jax_enable_x64:
+    if dtype == np.float32 and floating == {np.dtype(np.float64)} and not _has_float64():
         return shape, np.dtype(np.float64)
     return kind
+
+
+def _has_float64() -> bool:
+    return jax.dtypes.canonicalize_dtype(np.float64) == np.float64
 
 
 def _known(program: Lowered, by_handle: dict[int, int], caller: str) -> None:

@@ -42,7 +42,7 @@ def convert_with_variables(
     if not isinstance(model, tf.Module):
         if _arguments(model) > 1:
             return _of_params(model), None, []
-        name, call, attributes = getattr(model, "__name__", "tf.function"), model, {}
+        name, call, attributes = getattr(model, "__name__", "tf.function"), _python(model), {}
     else:
         name, call, attributes = type(model).__name__, _evaluation(model), _attributes(model)
     kinds = _input_kinds(model, example_input)
@@ -97,7 +97,7 @@ def _of_params(function: Any) -> ApplyFn:
         kinds = tuple(kinds_of(leaves))
         if (kinds, tree) not in programs:
             programs[kinds, tree] = lower(
-                lambda *tensors: function(*tree_util.tree_unflatten(tree, tensors)),
+                lambda *tensors: _python(function)(*tree_util.tree_unflatten(tree, tensors)),
                 kinds,
                 caller=getattr(function, "__name__", "tf.function"),
             )
@@ -127,6 +127,11 @@ def _variables_of(function: Any) -> list[Any]:
     return [variable for entry in functions for variable in entry.graph.variables]
 
 
+def _python(function: Any) -> Callable[..., Any]:
+    """What a `tf.function` was made of: its signature may leave sizes open that are known here."""
+    return getattr(function, "python_function", function)
+
+
 def _attributes(module: Any) -> dict[str, Any]:
     """Variables by the path of attributes that leads to them, each once."""
     paths = module._flatten(
@@ -146,6 +151,11 @@ def _is_variable(candidate: Any) -> bool:
 
 def _evaluation(module: Any) -> Callable[[PyTree], PyTree]:
     """The module's call, in evaluation mode where it knows the difference."""
+    if not callable(module):
+        raise TypeError(
+            f"{_CALLER}: {type(module).__name__} is a tf.Module without a __call__ method; pass "
+            "the method that computes its output, wrapped in a module that has one."
+        )
     signature = inspect.signature(getattr(module.__call__, "python_function", module.__call__))
     if "training" in signature.parameters:
         return lambda x: module(x, training=False)

@@ -7,7 +7,9 @@ TensorFlow's element types: a float64 tensor stays one, whatever `jax_enable_x64
 
 from __future__ import annotations
 
+import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +36,39 @@ def function(python_function: Callable[..., PyTree]) -> Callable[..., PyTree]:
     """A `tf.function` without autograph, which would rewrite JAX's own source: 20 seconds."""
     import tensorflow as tf
 
-    return tf.function(python_function, autograph=False)
+    return _kernel_function()(tf.function(python_function, autograph=False))
+
+
+@functools.cache
+def _kernel_function() -> Any:
+    import tensorflow as tf
+
+    class KernelFunction(tf.types.experimental.PolymorphicFunction):
+        """A `tf.function` that also takes the variables of Keras, and arrays of JAX.
+
+        `tf.function` itself would read them as NumPy arrays, which fails inside another one.
+        """
+
+        def __init__(self, inner: Any):
+            self._inner = inner
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return self._inner(*_plain(args), **_plain(kwargs))
+
+        def get_concrete_function(self, *args: Any, **kwargs: Any) -> Any:
+            return self._inner.get_concrete_function(*_plain(args), **_plain(kwargs))
+
+        def experimental_get_compiler_ir(self, *args: Any, **kwargs: Any) -> Any:
+            return self._inner.experimental_get_compiler_ir(*_plain(args), **_plain(kwargs))
+
+        @property
+        def function_type(self) -> Any:
+            return self._inner.function_type
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+    return KernelFunction
 
 
 def as_tensors(tree: PyTree) -> PyTree:
@@ -110,22 +144,25 @@ def _inexact(tensor: Any) -> bool:
     return tensor.dtype.is_floating or tensor.dtype.is_complex
 
 
-def _plain(tree: PyTree) -> PyTree:
-    """Without the wrappers that TensorFlow puts around lists and dictionaries of a module."""
+def _plain(tree: Any) -> Any:
+    """Lists and dictionaries without TensorFlow's wrappers, with leaves that it knows."""
     if isinstance(tree, dict):
         return {key: _plain(value) for key, value in tree.items()}
     if isinstance(tree, list):
         return [_plain(value) for value in tree]
     if isinstance(tree, tuple) and not hasattr(tree, "_fields"):
         return tuple(_plain(value) for value in tree)
+    if isinstance(tree, jax.Array):
+        return np.asarray(tree)
+    keras = sys.modules.get("keras")
+    if keras is not None and isinstance(tree, keras.Variable):
+        return getattr(tree, "value")  # noqa: B009  (the type is known at run time only)
     return tree
 
 
 def _tensor(leaf: Any, caller: str) -> Any:
     import tensorflow as tf
 
-    if isinstance(leaf, jax.Array):
-        leaf = np.asarray(leaf)
     tensor = tf.convert_to_tensor(leaf)
     if not tensor.shape.is_fully_defined():
         raise ValueError(
