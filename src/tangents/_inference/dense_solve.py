@@ -125,10 +125,21 @@ def _norm_bound(k: np.ndarray, ridge: float) -> float:
 
 def _factor32(k: Array, ridge: float):
     k32 = regularise(k.astype(jnp.float32), ridge, True)
-    factor = jnp.linalg.cholesky(k32, symmetrize_input=False)
-    if not bool(jnp.isfinite(factor[-1, -1])):
-        return None, np.nan
-    apply_inverse = lambda r: jax.scipy.linalg.cho_solve((factor, True), r)
+    if all(d.platform == "cpu" for d in k32.devices()):
+        # LAPACK on the array where it lies; its transpose is a view in LAPACK's order.
+        import scipy.linalg
+
+        try:
+            pair = scipy.linalg.cho_factor(np.asarray(k32).T, lower=True, check_finite=False)
+        except np.linalg.LinAlgError:
+            return None, np.nan
+        inverse = lambda r: scipy.linalg.cho_solve(pair, np.asarray(r), check_finite=False)
+        apply_inverse = lambda r: jnp.asarray(inverse(r))
+    else:
+        factor = jnp.linalg.cholesky(k32, symmetrize_input=False)
+        if not bool(jnp.isfinite(factor[-1, -1])):
+            return None, np.nan
+        apply_inverse = lambda r: jax.scipy.linalg.cho_solve((factor, True), r)
 
     def solve(r: np.ndarray) -> np.ndarray:
         # Residuals shrink below what float32 can hold: scale each column to size 1.

@@ -54,6 +54,14 @@ def null_tolerance(eigenvalues: Array) -> Array:
     return eigenvalues.shape[-1] * eps * jnp.max(jnp.abs(eigenvalues))
 
 
+def _regular(pivots: Any, dtype: Any) -> Any:
+    # The squared ratio of the pivots bounds the condition number from below. A matrix that is
+    # singular to working precision may still factorise, into rounding errors.
+    xp = np if isinstance(pivots, np.ndarray) else jnp
+    ratio = xp.min(pivots) / xp.max(pivots)
+    return xp.all(xp.isfinite(pivots)) & (ratio**2 > float(jnp.finfo(dtype).eps))
+
+
 class Factorisation:
     """K + r I as a matrix: its eigendecomposition and its inverse, each computed once.
 
@@ -88,24 +96,44 @@ class Factorisation:
         _, vectors = self.eigh()
         inside = jnp.matmul(vectors.T, rhs, precision=HIGHEST)
         n, c = inside.shape
-        scaled = values[:, :, None] * inside
         # One product for all times: (n, n) @ (n, T·c) reads the eigenvectors once.
-        flat = jnp.moveaxis(scaled, 1, 0).reshape(n, -1)
-        out = jnp.matmul(vectors, flat, precision=HIGHEST)
+        scaled = (values.T[:, :, None] * inside[:, None, :]).reshape(n, -1)
+        out = jnp.matmul(vectors, scaled, precision=HIGHEST)
         return jnp.moveaxis(out.reshape(n, -1, c), 0, 1)
 
-    def cholesky(self) -> tuple[Array, Array]:
-        """Lower factor of K + r I, and whether it is usable: finite and not singular."""
+    def cholesky(self) -> tuple[Any, Any]:
+        """A function that solves with K + r I, and whether it may: finite and not singular."""
 
         def compute():
+            if is_concrete(self._k, self._diag_reg) and self._on_cpu():
+                return self._cholesky_on_host()
             factor = jnp.linalg.cholesky(self.matrix())
             pivots = jnp.diagonal(factor)
-            # The squared ratio of the pivots bounds the condition number from below. A matrix that
-            # is singular to working precision may still factorise, into rounding errors.
-            ratio = jnp.min(pivots) / jnp.max(pivots)
-            return factor, jnp.all(jnp.isfinite(pivots)) & (ratio**2 > jnp.finfo(factor.dtype).eps)
+            solve = lambda r: jax.scipy.linalg.cho_solve((factor, True), r)
+            return solve, _regular(pivots, factor.dtype)
 
         return self._keep("cholesky", compute)
+
+    def _on_cpu(self) -> bool:
+        return all(d.platform == "cpu" for d in self.matrix().devices())
+
+    def _cholesky_on_host(self) -> tuple[Any, Any]:
+        # LAPACK on the array where it lies, without XLA's copies. It is symmetric, so that its
+        # transpose, a view in the order LAPACK wants, is as good.
+        import scipy.linalg
+
+        try:
+            k = np.asarray(self.matrix()).T
+            factor = scipy.linalg.cho_factor(k, lower=True, check_finite=False)
+        except np.linalg.LinAlgError:
+            return None, np.False_
+        pivots = np.diagonal(factor[0])
+        solve = lambda r: scipy.linalg.cho_solve(factor, np.asarray(r), check_finite=False)
+        return solve, np.asarray(_regular(pivots, pivots.dtype))
+
+    def usable(self) -> Any:
+        """Whether the Cholesky factor serves: a boolean, traced if the matrix is."""
+        return self.cholesky()[1]
 
     def solve(self, rhs: Array) -> Array:
         """(K + r I)⁻¹ rhs; the pseudo-inverse where the matrix is singular.
@@ -113,19 +141,23 @@ class Factorisation:
         Raises:
             ValueError: eagerly, if the matrix has an eigenvalue that is negative beyond rounding.
         """
-        factor, usable = self.cholesky()
-        if is_concrete(usable):
-            if usable:
-                return self._direct(factor, rhs)
+        solve, usable = self.cholesky()
+        if not is_concrete(usable):
+            return lax.cond(usable, solve, self._pseudo_inverse, rhs)
+        if not usable:
             self._check_semidefinite()
             return self._pseudo_inverse(rhs)
-        return lax.cond(
-            usable, lambda r: self._direct(factor, r), lambda r: self._pseudo_inverse(r), rhs
-        )
+        if is_concrete(rhs):
+            return self._refined(solve, rhs)
+        if self._on_cpu():
+            # Inside a trace the right-hand side is not there to hand to LAPACK.
+            factor = self._keep("factor", lambda: jnp.linalg.cholesky(self.matrix()))
+            return jax.scipy.linalg.cho_solve((factor, True), rhs)
+        return solve(rhs)
 
     def project(self, rhs: Array) -> Array:
         """The part of rhs in the range of K + r I: all of it, unless the matrix is singular."""
-        _, usable = self.cholesky()
+        usable = self.usable()
 
         def range_part(r: Array) -> Array:
             values, _ = self.eigh()
@@ -135,27 +167,24 @@ class Factorisation:
             return rhs if usable else range_part(rhs)
         return lax.cond(usable, lambda r: r, range_part, rhs)
 
-    def _direct(self, factor: Array, rhs: Array) -> Array:
-        solve = lambda r: jax.scipy.linalg.cho_solve((factor, True), r)
-        x = solve(rhs)
-        if is_concrete(self._k, self._diag_reg, rhs) and factor.dtype == jnp.float32:
-            return self._refine(solve, x, rhs)
-        return x
-
-    def _refine(self, solve, x: Array, rhs: Array) -> Array:
-        # Two corrections from residuals in float64 on the host bring the error of a float32
-        # factorisation from 1e-4 to the rounding of the result.
+    def _refined(self, solve: Any, rhs: Array) -> Array:
+        if rhs.dtype != jnp.float32:
+            return jnp.asarray(solve(rhs))
+        # Corrections from residuals in float64 on the host bring the error of a float32
+        # factorisation from 1e-4 to the rounding of the result. Each multiplies the error by the
+        # same factor, which the first shows: where its square is small enough, one will do.
         k, b = np.asarray(self.matrix()), np.asarray(rhs, np.float64)
-        total = np.asarray(x, np.float64)
-        best = np.inf
-        for _ in range(3):
-            residual = b - product64(k, total)
-            size = np.linalg.norm(residual)
-            if not size < 0.5 * best:
+        x = np.asarray(solve(rhs), np.float64)
+        last = 1.0
+        for _ in range(4):
+            change = np.asarray(solve((b - product64(k, x)).astype(np.float32)), np.float64)
+            size = np.linalg.norm(change) / max(np.linalg.norm(x), 1e-300)
+            if not size < 0.5 * last:
                 break
-            best, kept = size, total
-            total = total + np.asarray(solve(jnp.asarray(residual, rhs.dtype)), np.float64)
-        return jnp.asarray(kept, rhs.dtype)
+            x, error, last = x + change, size * size / last, size
+            if error < 1e-8:
+                break
+        return jnp.asarray(x, rhs.dtype)
 
     def _pseudo_inverse(self, rhs: Array) -> Array:
         values, _ = self.eigh()

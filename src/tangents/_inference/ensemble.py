@@ -87,8 +87,9 @@ def gradient_descent_mse_ensemble(
         >>> from tangents import predict
         >>> def kernel_fn(x1, x2, get):
         ...     return {'nngp': x1 @ (x1 if x2 is None else x2).T}[get]
-        >>> predict_fn = predict.gradient_descent_mse_ensemble(kernel_fn, jnp.eye(2), jnp.ones((2,
-        1))) >>> predict_fn(t=1.0, x_test=jnp.ones((3, 2)), get='nngp').shape
+        >>> make = predict.gradient_descent_mse_ensemble
+        >>> predict_fn = make(kernel_fn, jnp.eye(2), jnp.ones((2, 1)))
+        >>> predict_fn(t=1.0, x_test=jnp.ones((3, 2)), get='nngp').shape
         (3, 1)
     """
     y = as_targets(y_train, caller=CALLER)

@@ -99,28 +99,37 @@ def gradient_descent_mse(
         leading = () if times is None else times.shape
         flat = None if times is None else times.reshape(-1, 1)
 
+        change, weights = _evolve(factors, flat, layout.size, rhs, fx_train_0, fx_test_0)
         train = test = None
-        if fx_train_0 is not None:
+        if change is not None:
+            train = start + layout.restore(change, layout.kept_shape, leading)
             if flat is None:
-                change = factors.project(rhs)[None]
-                exact = factors.cholesky()[1]
-                train = jnp.where(
-                    exact, y, start + layout.restore(change, layout.kept_shape, leading)
-                )
-            else:
-                values, _ = factors.eigh()
-                change = factors.apply(risen(values, flat, layout.size), rhs)
-                train = start + layout.restore(change, layout.kept_shape, leading)
-        if fx_test_0 is not None:
-            if flat is None:
-                weights = factors.solve(rhs)[None]
-            else:
-                values, _ = factors.eigh()
-                weights = factors.apply(integrated(values, flat, layout.size), rhs)
+                # The limit is the targets themselves, not the targets to rounding.
+                train = jnp.where(factors.usable(), y, train)
+        if weights is not None:
             test = test_outputs(k_td.astype(dtype), weights, fx_test_0, layout, leading, caller)
         return test if train is None else train if test is None else (train, test)
 
     return predict_fn
+
+
+def _evolve(
+    factors: Factorisation, times: Array | None, size: int, rhs: Array, fx_train: Any, fx_test: Any
+) -> tuple[Array | None, Array | None]:
+    """Change of the training outputs and weights of the test outputs, where they are wanted."""
+    if times is None:
+        change = None if fx_train is None else factors.project(rhs)[None]
+        return change, None if fx_test is None else factors.solve(rhs)[None]
+    values, _ = factors.eigh()
+    wanted = []
+    if fx_train is not None:
+        wanted.append(risen(values, times, size))
+    if fx_test is not None:
+        wanted.append(integrated(values, times, size))
+    # Both at once: the eigenvectors are read once.
+    found = jnp.split(factors.apply(jnp.concatenate(wanted), rhs), len(wanted))
+    weights = None if fx_test is None else found[-1]
+    return None if fx_train is None else found[0], weights
 
 
 def test_outputs(

@@ -260,8 +260,9 @@ def log_marginal_likelihood(
 
     Example:
         >>> import jax, jax.numpy as jnp, tangents
-        >>> evidence = lambda noise: tangents.log_marginal_likelihood(jnp.eye(3), jnp.ones(3),
-        noise) >>> round(float(jax.grad(evidence)(0.5)), 3)
+        >>> k, y = jnp.eye(3), jnp.ones(3)
+        >>> evidence = lambda noise: tangents.log_marginal_likelihood(k, y, noise)
+        >>> round(float(jax.grad(evidence)(0.5)), 3)
         -0.333
     """
     k, y = as_system(k_train_train, y_train, caller="log_marginal_likelihood")
