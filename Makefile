@@ -8,7 +8,7 @@ TAG := $(shell $(PYTHON) -c "import sys; print('py%d.%d' % sys.version_info[:2])
 CONSTRAINTS ?= requirements/constraints-$(TAG).txt
 STAMP = $(VENV)/.installed-dev
 
-.PHONY: help demo test test-slow test-matrix bench bench-gpu docs lint types floors doctest examples reference clean
+.PHONY: help demo test test-slow test-tensorflow test-tensorflow-slow bench-tensorflow test-matrix bench bench-gpu docs lint types floors doctest examples reference clean
 
 help:
 	@echo "make demo | test | test-slow | test-matrix | lint | types | docs | bench | bench-gpu | clean"
@@ -36,6 +36,30 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow -n $(PYTEST_WORKERS) tests
+
+# TensorFlow stands in an environment of its own: the other tests must pass without it.
+TF_VENV ?= .venv-tf
+TF_PYTHON ?= python3.11
+TF_CONSTRAINTS ?= requirements/constraints-tensorflow-py3.11.txt
+TF_STAMP = $(TF_VENV)/.installed-tensorflow
+
+$(TF_STAMP): pyproject.toml $(TF_CONSTRAINTS)
+	$(TF_PYTHON) -m venv $(TF_VENV)
+	$(TF_VENV)/bin/pip install --quiet --disable-pip-version-check -c $(TF_CONSTRAINTS) \
+	  -e ".[tensorflow]" pytest pytest-xdist pytest-timeout hypothesis sybil
+	@touch $@
+
+test-tensorflow: $(TF_STAMP)
+	$(TF_VENV)/bin/python -m pytest -m "not slow" -n $(PYTEST_WORKERS) tests/frontends
+	$(TF_VENV)/bin/python -m pytest docs/tensorflow.md -p no:cacheprovider
+	set -e; for f in $(wildcard examples/tensorflow_*.py); do echo "== $$f"; $(TF_VENV)/bin/python $$f; done
+
+test-tensorflow-slow: $(TF_STAMP)
+	$(TF_VENV)/bin/python -m pytest -m slow tests/frontends
+
+bench-tensorflow: $(TF_STAMP)
+	bash benchmarks/peer/setup tensorflow
+	$(TF_VENV)/bin/python -m benchmarks --only tensorflow --json benchmarks/results/tensorflow.json
 
 test-matrix:
 	bash tests/matrix.sh

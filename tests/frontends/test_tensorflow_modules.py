@@ -9,6 +9,7 @@ import tensorflow as tf
 
 import tangents
 from frontends import gradient_tape
+from tangents import experimental
 
 
 class Network(tf.Module):
@@ -48,6 +49,25 @@ def test_module(floating, x64):
         np.testing.assert_allclose(np.reshape(a, b.shape), b, rtol=tolerance, atol=tolerance)
     _, everything = tangents.from_model(module, trainable=lambda path: True)
     assert set(everything) == {"rest", "frozen", "calls"}
+
+
+def test_kernel_on_tensors_and_its_gradient(floating, x64):
+    module, x = Network(floating), tf.constant(example(floating))
+    kernel_fn = experimental.empirical_ntk_fn_tf(module)
+    variables = module.trainable_variables
+    with tf.GradientTape() as tape:
+        kernel = kernel_fn(x, None, list(variables))
+        total = tf.reduce_sum(kernel)
+    theirs = gradient_tape.ntk(module, variables, x, x)
+    np.testing.assert_allclose(kernel, theirs, rtol=1e-8 if x64 else 1e-4)
+    found = tape.gradient(total, variables)
+    assert [g.shape for g in found] == [v.shape for v in variables]
+    # Without the stopped part the kernel is quadratic in v for w, constant for v itself.
+    twice = [2 * v if v is module.rest[0] else v for v in variables]
+    half = tf.reduce_sum(kernel_fn(x, None, twice)) - total
+    place = [v is module.rest[0] for v in variables].index(True)
+    slope = tf.reduce_sum(found[place] * module.rest[0])
+    np.testing.assert_allclose(half, 1.5 * slope, rtol=1e-8 if x64 else 1e-3)
 
 
 def test_variables_that_are_found_by_calling(floating):

@@ -28,6 +28,15 @@ from tangents.frontends.stablehlo.program import Operation
 
 TARGET = "tangents."
 
+_SELU_SCALE, _SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
+
+
+def _selu(x: Any) -> Any:
+    # With the derivative of the right side at zero; `jax.nn.selu` has that of the left one.
+    below = lax.expm1(jnp.minimum(x, jnp.zeros_like(x)))
+    return _SELU_SCALE * jnp.where(x >= 0, x, _SELU_ALPHA * below)
+
+
 # Named as TensorFlow names its operations; the number is their attribute, where they have one.
 UNARY: dict[str, Callable[[Any, float], Any]] = {
     "Digamma": lambda x, _: lax.digamma(x),
@@ -42,7 +51,7 @@ UNARY: dict[str, Callable[[Any, float], Any]] = {
     "PreventGradient": lambda x, _: lax.stop_gradient(x),
     "Relu": lambda x, _: jax.nn.relu(x),
     "Relu6": lambda x, _: jax.nn.relu6(x),
-    "Selu": lambda x, _: jax.nn.selu(x),
+    "Selu": lambda x, _: _selu(x),
     "Softmax": lambda x, _: jax.nn.softmax(x, axis=-1),
     "Softplus": lambda x, _: jax.nn.softplus(x),
     "StopGradient": lambda x, _: lax.stop_gradient(x),

@@ -101,7 +101,8 @@ def _differentiable(function: Callable[..., tuple]) -> Callable[..., tuple]:
     def run(*tensors: Any) -> tuple[tuple, Callable[..., Any]]:
         outputs = _convert(function, tensors)
 
-        def gradient(*cotangents: Any) -> list[Any]:
+        def gradient(*cotangents: Any, variables: Any = None) -> Any:
+            # Variables that a model read while it was being lowered are no inputs: parameters are.
             inexact = [i for i, tensor in enumerate(tensors) if _inexact(tensor)]
             kept = [i for i, output in enumerate(outputs) if _inexact(output)]
 
@@ -122,7 +123,7 @@ def _differentiable(function: Callable[..., tuple]) -> Callable[..., tuple]:
             gradients: list[Any] = [None] * len(tensors)
             for i, value in zip(inexact, found, strict=True):
                 gradients[i] = value
-            return gradients
+            return gradients if variables is None else (gradients, [None] * len(variables))
 
         return outputs, gradient
 
