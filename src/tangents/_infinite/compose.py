@@ -49,8 +49,10 @@ class Diagonal:
     `bool(d)` says whether equal positions suffice throughout.
 
     >>> from tangents import stax
-    >>> bool(stax.Diagonal(stax.Bool.YES, stax.Bool.YES) >> stax.Diagonal(stax.Bool.NO))
-    False
+    >>> convolution = stax.Diagonal()
+    >>> flatten, pool = (stax.Diagonal(b, stax.Bool.YES) for b in (stax.Bool.YES, stax.Bool.NO))
+    >>> bool(convolution >> flatten), bool(convolution >> pool)
+    (True, False)
     """
 
     input: Bool = Bool.YES

@@ -245,7 +245,7 @@ class KernelFn:
         if sizes is None or sizes == (n1, n2):
             return _without_second_side(tile(None, None, False), symmetric)
         run_tiles = traced_tiles if tracing else eager_tiles
-        return run_tiles(tile, n1, n2, *sizes, symmetric and x2 is None)
+        return run_tiles(tile, n1, n2, sizes[0], sizes[1], symmetric and x2 is None)
 
     def _tile_sizes(self, node, plan: Plan, x1, n1: int, n2: int, memory) -> Any:
         """Tile sizes for the budget, or None where examples cannot be taken apart."""
@@ -282,7 +282,7 @@ class KernelFn:
         layer              output      pairs of positions  sides  one array
         layer 0 (Conv)     (2, 6, 4)   equal               equal  96 B
         layer 1 (Relu)     (2, 6, 4)   equal               none   96 B
-        layer 2 (Flatten)  (2, 24)     equal               none   16 B
+        layer 2 (Flatten)  (2, 24)     -                   none   16 B
         examples: 2 x 2 pairs in one tile
         """
         memory = kwargs.pop("memory", None)

@@ -111,8 +111,8 @@ class Signal:
 def spatial_diagonal(a: jax.Array, n_batch: int) -> jax.Array:
     """`(pairs, H, H, W, W)` to `(pairs, H, W)`.
 
-    By strided slices: `jnp.diagonal` is a gather, and XLA on CPU (JAX 0.10.2) computed wrong numbers
-    where one was fused with a convolution between two nonlinearities
+    By strided slices: `jnp.diagonal` is a gather, and XLA on CPU (JAX 0.10.2) computed wrong
+    numbers where one was fused with a convolution between two nonlinearities
     (`test_whole_programs_agree_with_layer_programs`).
     """
     for i in range((a.ndim - n_batch) // 2):

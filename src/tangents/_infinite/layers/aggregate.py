@@ -74,7 +74,7 @@ class AggregateNode(Node):
         if A.ndim != 1 + 2 * len(axes) or A.shape[1:] != sizes + sizes:
             raise ValueError(
                 f"Aggregate: pattern has shape {A.shape}, and must have shape "
-                f"{(x.shape[self.batch_axis], *sizes, *sizes)}: batch, then the aggregated axes as sources, then "
+                f"{(x.shape[self.batch_axis], *sizes, *sizes)}: batch, the axes as sources, then "
                 "again as targets"
             )
         letters = string.ascii_lowercase[: x.ndim]

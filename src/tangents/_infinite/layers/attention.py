@@ -10,8 +10,8 @@ With scores divided by sqrt(d) and zeta the identity they stay random,
     K'(i, i') = (W_o W_v W_q W_k)^2 K(i, i') sum_jj' K(j, j')^2 + b^2,          (eq. 9)
 
 and T' follows by the product rule. Positional embeddings p ~ N(0, W_p^2 R) add W_p^2 R(i, i') to K
-(sum), or are averaged with it by numbers of channels (concatenation); R(i, i') is the decay function
-of |i - i'|_p^p, or 1 at equal positions.
+(sum), or are averaged with it by numbers of channels (concatenation); R(i, i') is the decay
+function of |i - i'|_p^p, or 1 at equal positions.
 """
 
 from __future__ import annotations
@@ -368,8 +368,8 @@ def GlobalSelfAttention(
       W_query_std: standard deviation of query weights.
       W_out_std: standard deviation of output weights.
       b_std: standard deviation of the output bias; None: no bias.
-      attention_mechanism: ζ: 'SOFTMAX', 'IDENTITY', 'ABS' or 'RELU'. With `linear_scaling=False` the
-        infinite limit is known for 'IDENTITY' only.
+      attention_mechanism: ζ: 'SOFTMAX', 'IDENTITY', 'ABS' or 'RELU'. With `linear_scaling=False`
+        the infinite limit is known for 'IDENTITY' only.
       pos_emb_type: positional embeddings: 'NONE', 'SUM' or 'CONCAT'.
       pos_emb_p_norm: p of the distance |i - i'|_p^p between positions.
       pos_emb_decay_fn: covariance of embeddings as a function of that distance; None: independent.

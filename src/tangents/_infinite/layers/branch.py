@@ -76,7 +76,7 @@ def _check_independent(name: str, signals: list) -> None:
     if len(signals) > 1 and not all(s.is_gaussian for s in signals):
         raise NotImplementedError(
             f"{name}: all its inputs must be Gaussian, and input "
-            f"{next(i for i, s in enumerate(signals) if not s.is_gaussian)} is not: end each branch "
+            f"{[s.is_gaussian for s in signals].index(False)} is not: end each branch "
             "with random weights (Dense, Conv, ...)"
         )
     _warn_dependent(name, signals)

@@ -97,7 +97,7 @@ class DotGeneralNode(Node):
                     f"DotGeneral: the {kind} axis ({axis}) of the input cannot be contracted: "
                     "the infinite-width limit needs it"
                 )
-        contract, batch = self._own()
+        _, batch = self._own()
         if signal.channel_axis in [a % len(signal.shape) for a in batch]:
             raise ValueError("DotGeneral: the channel axis of the input cannot be a batch axis")
         return signal.replace(

@@ -322,7 +322,8 @@ def ConvTranspose(
 
     >>> import jax
     >>> from tangents import stax
-    >>> stax.ConvTranspose(8, (3,), strides=(2,), padding="SAME")[0](jax.random.key(0), (1, 5, 3))[0]
+    >>> init_fn, _, _ = stax.ConvTranspose(8, (3,), strides=(2,), padding="SAME")
+    >>> init_fn(jax.random.key(0), (1, 5, 3))[0]
     (1, 10, 8)
     """
     return _layer(

@@ -190,7 +190,7 @@ def Embedding(vocabulary: int, out_dim: int, W_std: Any = 1.0) -> Layer:
     >>> from tangents import stax
     >>> _, _, kernel_fn = stax.serial(stax.Embedding(10, 4), stax.Flatten(), stax.Dense(1))
     >>> tokens = jnp.array([[1, 2, 3], [1, 2, 4]])
-    >>> kernel_fn(tokens, None, "nngp").round(3).tolist()
-    [[1.0, 0.667], [0.667, 1.0]]
+    >>> (3 * kernel_fn(tokens, None, "nngp")).round().tolist()  # tokens in common
+    [[3.0, 2.0], [2.0, 3.0]]
     """
     return Layer(EmbeddingNode(vocabulary, out_dim, W_std))

@@ -37,7 +37,7 @@ def both_sides(a: jax.Array, fn1: Map, fn2: Map, context: Context) -> jax.Array:
     n_out = len(context.out1.spatial_axes)
     own1 = [0, *(n + 2 * i for i in range(n_in))]
     a = _on_one_side(a, fn1, own1, context.in1, context.out1)
-    # Now: batch of x1, its n_out positions, then batch of x2 (if there are two), its n_in positions.
+    # Now: batch of x1, its n_out positions, batch of x2 (if there are two), its n_in positions.
     if n == 2:
         own2 = [1 + n_out, *(2 + n_out + i for i in range(n_in))]
         a = _on_one_side(a, fn2, own2, context.in2, context.out2)

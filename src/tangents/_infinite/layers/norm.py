@@ -2,8 +2,8 @@
 
     K' = K / sqrt((v1 + eps) (v2 + eps)),  T' = T / sqrt((v1 + eps) (v2 + eps)),
 
-v the second moment averaged over the normalised axes beside the channels (Novak et al. 2020, app. E;
-Yang 2019, sec. 7). LayerNorm subtracts a mean that vanishes only for Gaussian inputs; RMSNorm
+v the second moment averaged over the normalised axes beside the channels (Novak et al. 2020, app.
+E; Yang 2019, sec. 7). LayerNorm subtracts a mean that vanishes only for Gaussian inputs; RMSNorm
 subtracts none. The tangent kernel of the normaliser itself vanishes like 1/width.
 """
 
