@@ -110,7 +110,7 @@ def nested(p, x):
         return h @ p["u"], jnp.sum(h, -1)
 
     h, sums = lax.scan(step, jnp.zeros_like(x[:, 0]), jnp.swapaxes(x, 0, 1))
-    return h + jnp.mean(sums, 0)[:, None]
+    return h + jnp.mean(sums, 0)[:, None] * p["u"][:1] / 2
 
 
 def branching(p, x):
@@ -207,7 +207,7 @@ tripled.defjvps(lambda dw, y, w, x: 3 * dw * x, lambda dx, y, w, x: dx * w)
 
 def opaque(p, x):
     """Steps without rules: sorting, cumulative products, solves, custom derivatives."""
-    h = doubled(p["w"], x)
+    h = doubled(p["w"] / 2, x) + doubled(p["w"].T * jnp.asarray(3.0, x.dtype), x)
     h = jnp.tanh(tripled(p["s"], h)) * jnp.sort(p["w"], axis=0)[0]
     h = h + lax.dynamic_slice(p["table"], (jnp.int32(x[0, 0] > 0), jnp.int32(0)), (1, 3))
     h = h / (1 + p["s"] ** 2) + jnp.where(x > 0, p["s"], h) + jnp.maximum(h, p["s"])

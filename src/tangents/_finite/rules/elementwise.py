@@ -16,14 +16,14 @@ PRIMITIVES = (
 
 
 def rule(step: Step, operand: int) -> Factored | None:
-    """Factors; a scalar operand is used at every entry."""
+    """Factors; an operand is used at every entry along axes where its size is one."""
     (output,) = step.outputs
     shape = step.inputs[operand].shape
-    if shape not in ((), output.shape):
+    if shape and len(shape) != len(output.shape):
         return None
     labels = tuple(range(len(output.shape)))
     sizes = dict(enumerate(output.shape))
-    weight = tuple((label,) for label in labels) if shape else ()
+    weight = tuple((k,) if n == output.shape[k] else () for k, n in enumerate(shape))
     if LINEAR.get(step.name, (0, 0))[min(operand, 1)] == 1:
         return Factored(sizes, weight, labels)
     if step.name == "sub":

@@ -99,6 +99,8 @@ class Injection:
     output: int | None = None
     kept: list[tuple[int, int]] = field(default_factory=list)
     """(use, operand): activations to keep."""
+    whole: dict[int, int] = field(default_factory=dict)
+    """Operand to use, of operands taken as a whole."""
 
 
 @dataclass
@@ -106,6 +108,7 @@ class Loop:
     """A `scan` that uses weights in its body."""
 
     operands: dict[int, int]
+    whole: dict[int, int]
     body: Plan
     constants: int
     carried: int
@@ -116,6 +119,7 @@ class Branches:
     """A `cond` that uses weights in its branches."""
 
     operands: dict[int, int]
+    whole: dict[int, int]
     branches: list[Plan]
 
 
@@ -129,6 +133,8 @@ class Plan:
     """Step: (operand viewed, operand that scales it or None, 'mul', 'div' or 'neg')."""
     outputs: dict[int, int] = field(default_factory=dict)
     """Outputs that are weights themselves, and their probes."""
+    whole: dict[int, int] = field(default_factory=dict)
+    """The same outputs, and their uses."""
     probes: range = range(0)
     """Probes inside."""
     uses: range = range(0)
@@ -207,7 +213,9 @@ class Analysis:
         for k, atom in enumerate(graph.outputs):
             kind = read(atom)
             if isinstance(kind, View):
-                plan.outputs[k] = self._whole(kind, atom, "output", "it is an output", loops)
+                plan.outputs[k], plan.whole[k] = self._whole(
+                    kind, atom, "output", "it is an output", loops
+                )
                 kind = Data(True)
             outputs.append(kind)
         plan.probes = range(first_probe, len(self.probes))
@@ -279,7 +287,9 @@ class Analysis:
             factored, reason = self._factors(step, operand, view)
             if factored is None:
                 atom = step.inputs[operand]
-                action.operands[operand] = self._whole(view, atom, step.name, reason, loops)
+                action.operands[operand], action.whole[operand] = self._whole(
+                    view, atom, step.name, reason, loops
+                )
                 continue
             if action.output is None:
                 action.output = self._probe(step.outputs[0], loops)
@@ -309,15 +319,15 @@ class Analysis:
 
     def _whole(
         self, view: View, atom: Atom, primitive: str, reason: str, loops: tuple[int, ...]
-    ) -> int:
-        """A probe on an operand itself: the derivative in all its entries."""
+    ) -> tuple[int, int]:
+        """A probe on an operand itself: the derivative in all its entries; and its use."""
         if view.entry >= 0:
             raise _NoFactors(view.entry, reason)
         labels = tuple(range(len(atom.shape)))
         factored = Factored(dict(enumerate(atom.shape)), tuple((k,) for k in labels), labels)
         probe = self._probe(atom, loops)
         self._add(view, factored, probe, primitive, loops, reason)
-        return probe
+        return probe, len(self.uses) - 1
 
     def _add(
         self,
@@ -389,8 +399,8 @@ class Analysis:
             return self._graph(body, kinds, (*loops, length))[0]
 
         body = self._retry(taken, lambda: analyse(inside(taken)))
-        operands = self._entries(step, given, taken, loops)
-        plan.actions[index] = Loop(operands, body, constants, carried)
+        operands, whole = self._entries(step, given, taken, loops)
+        plan.actions[index] = Loop(operands, whole, body, constants, carried)
         return [Data(True)] * len(step.outputs)
 
     def _branches(
@@ -414,8 +424,8 @@ class Analysis:
             ]
 
         branches = self._retry(taken, analyse)
-        operands = self._entries(step, given, taken, loops)
-        plan.actions[index] = Branches(operands, branches)
+        operands, whole = self._entries(step, given, taken, loops)
+        plan.actions[index] = Branches(operands, whole, branches)
         return [Data(True)] * len(step.outputs)
 
     def _retry(self, taken: dict[int, str], analyse: Any) -> Any:
@@ -432,10 +442,10 @@ class Analysis:
 
     def _entries(
         self, step: Step, given: list[Kind], taken: dict[int, str], loops: tuple[int, ...]
-    ) -> dict[int, int]:
-        operands = {}
+    ) -> tuple[dict[int, int], dict[int, int]]:
+        operands, whole = {}, {}
         for k, reason in taken.items():
             view = given[k]
             assert isinstance(view, View)
-            operands[k] = self._whole(view, step.inputs[k], step.name, reason, loops)
-        return operands
+            operands[k], whole[k] = self._whole(view, step.inputs[k], step.name, reason, loops)
+        return operands, whole

@@ -74,6 +74,10 @@ class Factors:
     """The network's in the probe: (examples, traced, kept, output, loops, ...)."""
     mapped: bool
 
+    def __post_init__(self):
+        """An activation that is missing would count as one."""
+        assert (self.kept is None) == (self.use.activation is None)
+
     @cached_property
     def activation(self) -> Array | None:
         """A: (examples, labels of the use's activation)."""

@@ -53,6 +53,7 @@ class Execution:
             else:
                 for operand, probe in action.operands.items():
                     given[operand] = given[operand] + probes[probe]
+                    self._keep_scale(action.whole[operand], step.inputs[operand], scales, kept)
                 if isinstance(action, Injection):
                     outputs = self._inject(action, step, given, scales, probes, kept)
                 elif isinstance(action, Loop):
@@ -64,7 +65,14 @@ class Execution:
         outputs = [_read(values, atom) for atom in plan.graph.outputs]
         for k, probe in plan.outputs.items():
             outputs[k] = outputs[k] + probes[probe]
+            self._keep_scale(plan.whole[k], plan.graph.outputs[k], scales, kept)
         return outputs
+
+    def _keep_scale(self, use: int, atom: Atom, scales: dict[int, Array], kept: Kept) -> None:
+        """Of an operand taken as a whole there is nothing to keep but what multiplies it."""
+        if self.analysis.uses[use].activation is not None:
+            assert not isinstance(atom, Constant)
+            kept[use] = scales[atom.number]
 
     def _inject(
         self,
