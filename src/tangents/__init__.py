@@ -4,7 +4,7 @@ A kernel is a linear operator; a dense matrix is what you get when you materiali
 """
 
 # Finite networks: kernels of a parameter Jacobian.
-from tangents import predict
+from tangents import predict, stax
 from tangents._finite.functions import empirical_kernel_fn, empirical_nngp_fn, empirical_ntk_fn
 from tangents._finite.implementation import NtkImplementation
 from tangents._finite.linearization import linearize, taylor_expand
@@ -43,6 +43,9 @@ from tangents._inference.spectrum import (
     spectrum,
 )
 
+# Infinitely wide networks (layers are in `tangents.stax`).
+from tangents._infinite.kernel import Kernel
+
 # Scale: tiles, devices, samples.
 from tangents._scale.batch import batch
 from tangents._scale.monte_carlo import MonteCarloEstimate, monte_carlo_kernel_fn
@@ -54,6 +57,7 @@ from tangents.frontends import from_model
 __all__ = [
     "Calibration",
     "ClassCalibration",
+    "Kernel",
     "KernelRegression",
     "MonteCarloEstimate",
     "NTKOperator",
@@ -89,6 +93,7 @@ __all__ = [
     "save",
     "solve",
     "spectrum",
+    "stax",
     "target_alignment",
     "task_model_alignment",
     "taylor_expand",

@@ -191,7 +191,9 @@ def explanation(stages: list, n1: int, n2: int, sizes: Any) -> str:
         size = n1 * n2 * spatial**power * itemsize
         shape = ", ".join(str(tuple(s.shape)) for s in after)
         need = stage.need_out
-        rows.append((stage.place, shape, _WORDS[need.tile], _WORDS[need.side], format_bytes(size)))
+        pairs = _WORDS[need.tile] if after[0].spatial else "-"
+        sides = _WORDS[need.side] if after[0].spatial or need.side == Layout.NONE else "-"
+        rows.append((stage.place, shape, pairs, sides, format_bytes(size)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
     if sizes is None:
