@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import keras
@@ -274,6 +278,20 @@ def test_an_operation_that_cannot_be_converted_is_named(floating):
     apply_fn, params = tangents.from_model(model)
     with pytest.raises(NotImplementedError, match=r"strings.*(AsString|StringLength)"):
         apply_fn(params, np.ones((2, 3), floating))
+
+
+def test_keras_on_jax_needs_no_tensorflow():
+    code = """
+import sys, keras, numpy as np, jax, tangents
+model = keras.Sequential([keras.Input((3, 2)), keras.layers.LSTM(2), keras.layers.Dropout(0.5)])
+apply_fn, params = tangents.from_model(model)
+x = np.ones((2, 3, 2), "float32")
+np.testing.assert_allclose(apply_fn(params, x), model(x), rtol=1e-6)
+assert tangents.empirical_ntk_fn(model)(x, None, model.trainable_variables).shape == (2, 2)
+assert len(jax.tree.leaves(params)) == 3 and "tensorflow" not in sys.modules
+"""
+    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_several_inputs_and_outputs(floating, x64):

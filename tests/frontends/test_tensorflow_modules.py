@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -132,6 +134,9 @@ def test_function_of_an_input(floating):
     np.testing.assert_allclose(apply_fn(params, x), f(x), rtol=1e-5)
 
 
+@pytest.mark.xfail(
+    sys.version_info >= (3, 13), reason="autograph of TensorFlow 2.21 fails on Python 3.13"
+)
 def test_python_control_flow_on_tensors(floating):
     class Branching(tf.Module):
         def __init__(self):
@@ -149,12 +154,23 @@ def test_python_control_flow_on_tensors(floating):
     module, x = Branching(), example(floating)
     apply_fn, params = tangents.from_model(module)
     for sign in (1, -1):
-        expected = tf.function(module)(sign * x)
+        expected = module(tf.constant(sign * x))
         np.testing.assert_allclose(apply_fn(params, sign * x), expected, rtol=1e-5)
     gradient = jax.grad(lambda p: apply_fn(p, x).sum())(params)["w"]
     with tf.GradientTape() as tape:
-        total = tf.reduce_sum(tf.function(module)(x))
+        total = tf.reduce_sum(module(tf.constant(x)))
     np.testing.assert_allclose(gradient, tape.gradient(total, module.w), rtol=1e-5)
+
+
+def test_a_gradient_written_by_hand_warns(floating):
+    @tf.custom_gradient
+    def straight_through(x):
+        return tf.round(x), lambda dy: dy
+
+    f = tf.function(lambda params, x: straight_through(x * params))
+    apply_fn, _ = tangents.from_model(f)
+    with pytest.warns(UserWarning, match=r"gradient at IdentityN is written by hand"):
+        apply_fn(np.ones(3, floating), example(floating))
 
 
 FUNCTIONS = {

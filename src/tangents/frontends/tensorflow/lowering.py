@@ -7,6 +7,7 @@ and `tangents.frontends.stablehlo` reads it back as JAX primitives. Each shape i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from jax.extend import mlir as jax_mlir
 
 from tangents._core.typing import Array, PyTree
 from tangents.frontends import stablehlo
-from tangents.frontends.tensorflow.marks import marked
+from tangents.frontends.tensorflow.marks import custom_gradients, marked
 
 Kind = tuple[tuple[int, ...], np.dtype]
 """Shape and element type of a tensor, as TensorFlow sees it."""
@@ -59,6 +60,12 @@ def lower(function: Callable[..., PyTree], kinds: Sequence[Kind], *, caller: str
     # A kernel may be asked for inside a tf.function that is being traced; lowering stands outside.
     with tf.init_scope():
         traced, concrete = _trace(tf, flat, specs)
+        for name in custom_gradients(concrete):
+            warnings.warn(
+                f"{caller}: the gradient at {name} is written by hand (tf.custom_gradient); "
+                "kernels use the derivative of its forward computation instead.",
+                stacklevel=2,
+            )
         renamed = marked(concrete, caller=caller)
         if renamed is not None:
             traced = tf.function(renamed, autograph=False, jit_compile=True)

@@ -64,15 +64,35 @@ def marked(concrete: Any, *, caller: str) -> Callable[..., Any] | None:
 def custom_gradients(concrete: Any) -> list[str]:
     """Names of nodes whose derivative was written by hand (`tf.custom_gradient`).
 
-    TensorFlow's own swish is among the functions written that way; its gradient is the derivative.
+    TensorFlow's own swish is written that way, to save memory; its gradient is the derivative.
     """
-    return [
-        node.name
-        for node in _nodes(concrete.graph.as_graph_def())
-        if node.op == "IdentityN"
-        and node.attr["_gradient_op_type"].s.startswith(b"CustomGradient")
-        and not {"Silu", "Swish", "silu", "swish"} & {p.split("_")[0] for p in node.name.split("/")}
-    ]
+    graph = concrete.graph.as_graph_def()
+    found = []
+    for nodes in [graph.node, *(function.node_def for function in graph.library.function)]:
+        by_name = {node.name: node for node in nodes}
+        found += [
+            node.name
+            for node in nodes
+            if node.op == "IdentityN"
+            and node.attr["_gradient_op_type"].s.startswith(b"CustomGradient")
+            and not _is_swish(node, by_name)
+        ]
+    return found
+
+
+def _is_swish(node: Any, by_name: dict[str, Any]) -> bool:
+    """Whether the first output is a product with a sigmoid."""
+
+    def source(reference: str) -> Any:
+        found = by_name.get(reference.partition(":")[0])
+        while found is not None and found.op == "Identity":
+            found = by_name.get(found.input[0].partition(":")[0])
+        return found
+
+    product = source(node.input[0])
+    if product is None or product.op != "Mul":
+        return False
+    return any(getattr(source(name), "op", None) == "Sigmoid" for name in product.input)
 
 
 def _mark_graph(graph: Any, *, caller: str) -> bool:
