@@ -279,10 +279,10 @@ class KernelFn:
         >>> from tangents import stax
         >>> _, _, kernel_fn = stax.serial(stax.Conv(4, (3,)), stax.Relu(), stax.Flatten())
         >>> print(kernel_fn.explain(jnp.ones((2, 8, 1)), get="nngp"))
-        layer              output      pairs of positions  sides  one array
-        layer 0 (Conv)     (2, 6, 4)   equal               equal  96 B
-        layer 1 (Relu)     (2, 6, 4)   equal               none   96 B
-        layer 2 (Flatten)  (2, 24)     -                   none   16 B
+        layer              output     pairs of positions  sides  one array
+        layer 0 (Conv)     (2, 6, 4)  equal               equal  96 B
+        layer 1 (Relu)     (2, 6, 4)  equal               none   96 B
+        layer 2 (Flatten)  (2, 24)    -                   none   16 B
         examples: 2 x 2 pairs in one tile
         """
         memory = kwargs.pop("memory", None)

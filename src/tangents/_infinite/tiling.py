@@ -19,7 +19,7 @@ import numpy as np
 
 from tangents._core.memory import chunks, format_bytes, resolve_budget
 from tangents._infinite.execute import is_cut
-from tangents._infinite.graph import Node, Parallel, Repeat, Serial, any_node, join_needs
+from tangents._infinite.graph import Node, Parallel, Repeat, Serial, any_node, at, join_needs
 from tangents._infinite.kernel import Kernel
 from tangents._infinite.tile import Layout, Need, Signal
 
@@ -70,21 +70,25 @@ def stages(node: Node, signal: Any, need: Any, place: str = "") -> tuple[list[St
         for (name, child), n in zip(node.places(), needs[-2::-1], strict=True):
             if signal is None:  # what follows a layer of the user's own is known when it has run
                 break
-            more, signal = stages(child, signal, n, inside(name))
+            with at(name):
+                more, signal = stages(child, signal, n, inside(name))
             out += more
         return out, signal
     if isinstance(node, Parallel):
         needs = need if isinstance(need, list) else [need] * len(node.nodes)
         out, signals = [], []
+        node._check(signal)
         for (name, child), s, n in zip(node.places(), signal, needs, strict=True):
-            more, after = stages(child, s, n, inside(name))
+            with at(name):
+                more, after = stages(child, s, n, inside(name))
             out += more
             signals.append(after)
         return out, None if any(s is None for s in signals) else signals
     if isinstance(node, Repeat):
         out, need = [], node.needs(need)
         for turn in range(node.n):
-            more, signal = stages(node.node, signal, need, inside(f"turn {turn}"))
+            with at(node.place):
+                more, signal = stages(node.node, signal, need, inside(f"turn {turn}"))
             out += more
             if signal is None:
                 break
