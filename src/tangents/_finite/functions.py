@@ -11,10 +11,12 @@ from jax import tree_util
 from tangents import frontends
 from tangents._core import get as getting
 from tangents._core.axes import PairAxes
+from tangents._core.memory import MemoryLike
 from tangents._core.precision import PrecisionLike, accumulator
 from tangents._core.typing import ApplyFn, Array, Axes, PyTree, VMapAxes
 from tangents._finite.implementation import NtkImplementation
 from tangents._finite.methods import Method, get_method
+from tangents._finite.methods.structured_derivatives import Options
 from tangents._finite.problem import Problem, make_problem
 
 EmpiricalKernelFn = Callable[..., PyTree]
@@ -31,6 +33,7 @@ def empirical_ntk_fn(
     _fwd: bool | None = None,
     *,
     precision: PrecisionLike = None,
+    memory: MemoryLike = None,
 ) -> EmpiricalKernelFn:
     r"""The neural tangent kernel of a finite network as a function of its inputs.
 
@@ -50,10 +53,16 @@ def empirical_ntk_fn(
             triple `(in_axes, out_axes, kwargs_axes)` of prefix trees for `x`, for the output and a
             dictionary for keyword arguments. `f` then sees one example at a time, its axis kept.
         implementation: the method, an `NtkImplementation`, its number or its name.
-        _j_rules: structured derivatives only: use rules for Jacobians of primitives.
-        _s_rules: structured derivatives only: use rules for the structure of primitives.
-        _fwd: structured derivatives only: forward mode (True), reverse (False), or choose (None).
+        _j_rules: structured derivatives only: False takes every use of a weight as a whole.
+        _s_rules: structured derivatives only: False pulls gradients back through transposes,
+            slices and scalings of a weight instead of following them.
+        _fwd: structured derivatives only: cotangents by forward mode (True) or reverse (False,
+            None).
         precision: of the contraction: None (highest), or a `jax.lax.Precision` or its name.
+        memory: budget, in bytes or as text such as "2GiB", for what is worked on beside inputs,
+            parameters and the result; None takes half of what the device has free. The work is
+            done in chunks of examples and outputs that fit, by an estimate from shapes. For AUTO
+            and structured derivatives only.
 
     Returns:
         `ntk_fn(x1, x2, params, **kwargs)`. For outputs of shape (n, k) on x1 and (m, k) on x2 its
@@ -66,7 +75,9 @@ def empirical_ntk_fn(
     Raises:
         ValueError: for axes or `vmap_axes` that do not fit the output of `f`; the message has the
             shapes.
-        NotImplementedError: for a method that does not stand yet.
+            A memory budget below the smallest chunk is an error with the bytes that are needed.
+        NotImplementedError: for a `while` loop between parameters and output: it has no reverse
+            mode.
 
     Example:
         >>> import jax, jax.numpy as jnp, tangents
@@ -76,9 +87,12 @@ def empirical_ntk_fn(
         >>> ntk_fn(jnp.ones((5, 3)), jnp.zeros((6, 3)), params).shape
         (5, 6)
     """
-    del _j_rules, _s_rules, _fwd  # say how structured derivatives work; no other method reads them
     caller = "empirical_ntk_fn"
-    method = get_method(NtkImplementation.parse(implementation, caller=caller), caller=caller)
+    method = get_method(
+        NtkImplementation.parse(implementation, caller=caller),
+        caller=caller,
+        options=Options(factor=_j_rules, follow=_s_rules, forward=bool(_fwd), memory=memory),
+    )
     f = frontends.as_apply_fn(f)
 
     def ntk_fn(x1: PyTree, x2: PyTree | None, params: PyTree, **apply_fn_kwargs: Any) -> PyTree:
@@ -152,7 +166,14 @@ def empirical_nngp_fn(
     def nngp_fn(x1: PyTree, x2: PyTree | None, params: PyTree, **apply_fn_kwargs: Any) -> PyTree:
         """The conjugate kernel K(x1, x2): see `empirical_nngp_fn`."""
         problem = make_problem(
-            f, x1, x2, params, apply_fn_kwargs, precision=precision, caller="empirical_nngp_fn"
+            f,
+            x1,
+            x2,
+            params,
+            apply_fn_kwargs,
+            precision=precision,
+            caller="empirical_nngp_fn",
+            differentiates=False,
         )
         outputs1 = problem.run(problem.side1)(problem.leaves)
         outputs2 = outputs1 if problem.symmetric else problem.run(problem.side2)(problem.leaves)
@@ -193,6 +214,7 @@ def empirical_kernel_fn(
     _fwd: bool | None = None,
     *,
     precision: PrecisionLike = None,
+    memory: MemoryLike = None,
 ) -> EmpiricalKernelFn:
     """NNGP and NTK of a finite network in one function.
 
@@ -207,6 +229,7 @@ def empirical_kernel_fn(
         _s_rules: structured derivatives only.
         _fwd: structured derivatives only.
         precision: of the contractions.
+        memory: budget of the NTK.
 
     Returns:
         `kernel_fn(x1, x2, get, params, **kwargs)`, where `get` is 'nngp', 'ntk' (an array comes
@@ -237,6 +260,7 @@ def empirical_kernel_fn(
             _s_rules,
             _fwd,
             precision=precision,
+            memory=memory,
         ),
     }
 

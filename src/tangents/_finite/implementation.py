@@ -12,7 +12,7 @@ class NtkImplementation(enum.IntEnum):
     the cost of each.
 
     Attributes:
-        AUTO: choose from the shapes of the problem.
+        AUTO: the cheapest by a cost model from shapes, weight by weight.
         JACOBIAN_CONTRACTION: Jacobians of both inputs by reverse mode, then one contraction. Good
             for few outputs.
         NTK_VECTOR_PRODUCTS: one NTK-vector product for each output. Good when parameters are many

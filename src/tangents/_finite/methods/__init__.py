@@ -6,6 +6,7 @@ To add one: a file with a function of this signature, a line in `REGISTRY`, a ro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -23,22 +24,33 @@ Method: TypeAlias = Callable[[Problem, list[PairAxes]], list[Array]]
 """Kernel of each output leaf, in the layout of its `PairAxes`, not yet symmetrised."""
 
 REGISTRY: dict[NtkImplementation, Method] = {
+    # Its forms for each weight include the per-example gradients of Jacobian contraction. An
+    # NTK-vector product costs a multiply-add for each use of a weight at each example and output
+    # of both sides, which for all weights but tables read by rows is no less than these.
+    NtkImplementation.AUTO: structured_derivatives.kernels,
     NtkImplementation.JACOBIAN_CONTRACTION: jacobian_contraction.kernels,
     NtkImplementation.NTK_VECTOR_PRODUCTS: ntk_vector_products.kernels,
     NtkImplementation.STRUCTURED_DERIVATIVES: structured_derivatives.kernels,
 }
 
 
-def get_method(implementation: NtkImplementation, *, caller: str) -> Method:
-    """The method of an implementation.
+def get_method(
+    implementation: NtkImplementation,
+    *,
+    caller: str,
+    options: structured_derivatives.Options | None = None,
+) -> Method:
+    """The method of an implementation; `options` concern structured derivatives.
 
     Raises:
-        NotImplementedError: for one that does not stand yet.
+        ValueError: for a memory budget with a method that does not work in chunks.
     """
-    if implementation not in REGISTRY:
-        standing = " or ".join(f"{i.name} ({i.value})" for i in REGISTRY)
-        raise NotImplementedError(
-            f"{caller}: implementation={implementation.name} does not stand yet: pass {standing}. "
-            "All of them give the same numbers."
+    method = REGISTRY[implementation]
+    if method is structured_derivatives.kernels:
+        return functools.partial(structured_derivatives.kernels, options=options)
+    if options is not None and options.memory is not None:
+        raise ValueError(
+            f"{caller}: memory={options.memory!r} needs implementation=AUTO (0) or "
+            f"STRUCTURED_DERIVATIVES (3): {implementation.name} does not work in chunks."
         )
-    return REGISTRY[implementation]
+    return method
