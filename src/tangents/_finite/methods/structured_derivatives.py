@@ -56,6 +56,17 @@ def kernels(problem: Problem, axes: list[PairAxes], options: Options | None = No
     ]
 
 
+def explain(problem: Problem, axes: list[PairAxes], options: Options | None = None) -> str:
+    """The plan of each output leaf as a table: nothing is computed."""
+    options = options or Options()
+    trace = lambda side: Traced(problem, side, factor=options.factor, follow=options.follow)
+    side1 = trace(problem.side1)
+    side2 = side1 if problem.symmetric else trace(problem.side2)
+    return "\n\n".join(
+        LeafKernel(side1, side2, leaf, pair, options).explain() for leaf, pair in enumerate(axes)
+    )
+
+
 @dataclass(frozen=True)
 class Seeds:
     """Which entries of an output of one example are traced, kept once, and paired."""
@@ -189,6 +200,37 @@ class LeafKernel:
             if forms[weight].name == "outer":
                 dense.add(weight)
         return dense, forms
+
+    def explain(self) -> str:
+        """The plan as a table: weights, their uses, form, work in multiply-adds, bytes."""
+        analysis, chunks = self.side1.analysis, self.chunks
+        itemsize = self.side1.side.outputs[self.leaf].dtype.itemsize
+        rows = [("weight", "shape", "uses", "form", "multiply-adds", "bytes", "whole because")]
+        for weight, form in self.forms.items():
+            uses = [use for _, use in analysis.uses_of(weight)]
+            products = sorted({name for _, _, name in form.pairs})
+            rows.append(
+                (
+                    analysis.roots[weight].name or "params",
+                    str(analysis.roots[weight].shape),
+                    ", ".join(use.primitive for use in uses),
+                    " and ".join(products) if products else form.name,
+                    f"{form.work:.3g}",
+                    format_bytes(form.entries * itemsize),
+                    "; ".join(dict.fromkeys(use.reason for use in uses if use.reason)),
+                )
+            )
+        widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+        lines = [
+            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
+        ]
+        examples = (
+            f"{chunks.examples1} × {chunks.examples2} examples, " if self.layout.mapped else ""
+        )
+        at_once = f"{chunks.traced * chunks.kept * chunks.output1} outputs"
+        needed = format_bytes(self._bytes(chunks, self.forms))
+        lines.append(f"at once: {examples}{at_once}; about {needed} of working memory")
+        return "\n".join(lines)
 
     def compute(self) -> Array:
         """The kernel in the layout of its axes."""
