@@ -1,6 +1,7 @@
 """Bad input: the text of each error has the argument, the shape it had and the one it needed."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import tangents as nt
@@ -49,6 +50,15 @@ CASES = [
 def test_text_of_errors(arguments, text):
     with pytest.raises(ValueError, match=text):
         nt.empirical_ntk_fn(F, **arguments)(X1, X2, P)
+
+
+def test_types_of_axes_and_get():
+    for axes in (None, (1.0,), "a"):
+        with pytest.raises(TypeError, match=r"trace_axes=.* must be an integer or a sequence"):
+            nt.empirical_ntk_fn(F, trace_axes=axes)(X1, X2, P)
+    assert nt.empirical_ntk_fn(F, np.int64(-1), vmap_axes=np.int64(0))(X1, X2, P).shape == (8, 5)
+    with pytest.raises(TypeError, match="get=3 must be a name"):
+        nt.empirical_kernel_fn(F)(X1, X2, 3, P)
 
 
 def test_types_of_vmap_axes():

@@ -26,6 +26,13 @@ def test_nngp_against_reference(network, rtol):
             np.testing.assert_allclose(got, expected, rtol=rtol, atol=rtol * np.abs(expected).max())
 
 
+def test_nngp_without_parameters(rtol):
+    x = normal(0, 4, 3)
+    for params in ((), [3, None]):
+        got = nt.empirical_nngp_fn(lambda p, x: jnp.sin(x))(x, None, params)
+        np.testing.assert_allclose(got, jnp.sin(x) @ jnp.sin(x).T / 3, rtol=rtol)
+
+
 def test_forms_of_get(rtol):
     kernel_fn = nt.empirical_kernel_fn(MLP.f, vmap_axes=0)
     call = lambda get: kernel_fn(MLP.x1, MLP.x2, get, MLP.params)

@@ -47,7 +47,7 @@ def test_carried_leaves(rtol):
         reference.ntk(real, {"w": params["w"], "scale": jnp.asarray(3.0)}, x1, x2),
         rtol=rtol,
     )
-    with pytest.raises(ValueError, match="leaves that are not arrays must be equal"):
+    with pytest.raises(ValueError, match="leaves that are not arrays, must be equal"):
         op.at(dict(params, name="other"))
     v = jnp.ones((2, 2))
     np.testing.assert_allclose(nt.empirical_ntk_vp_fn(f, x1, x2, params)(v), op @ v, rtol=rtol)

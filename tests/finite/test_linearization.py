@@ -64,6 +64,16 @@ def test_keyword_arguments_and_trees_pass_through():
 def test_errors():
     with pytest.raises(ValueError, match=r"expanded about params with leaves .*\(3, 2\).*\(2, 2\)"):
         nt.linearize(lambda p, x: x @ p, jnp.ones((3, 2)))(jnp.ones((2, 2)), jnp.ones((4, 3)))
+    with pytest.raises(ValueError, match="expanded about params with leaves"):
+        nt.linearize(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2)), "n": 3})(
+            {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
+        )
+    with pytest.raises(
+        TypeError, match=r"output\['class'\] of f has dtype int32 and no derivative"
+    ):
+        nt.linearize(lambda p, x: {"class": jnp.argmax(x @ p, -1).astype("int32")}, jnp.eye(3))(
+            jnp.eye(3), jnp.ones((4, 3))
+        )
     with pytest.raises(ValueError, match="degree=-1 must be 0 or more"):
         nt.taylor_expand(MLP.f, MLP.params, -1)
     with pytest.raises(TypeError, match=r"degree=1\.0 must be an integer"):

@@ -61,6 +61,18 @@ def _full_reference(name, symmetric):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_run_step_by_step(method, rtol):
+    """Not compiled, with a keyword of any name, and the batch axis traced or kept once."""
+    f = lambda p, x, tangents: jnp.tanh(x @ p) * tangents
+    p, x1, x2, scale = normal(0, 3, 2), normal(1, 4, 3), normal(2, 4, 3), jnp.asarray(2.0)
+    for trace, diagonal in (((-1,), ()), ((0, 1), ()), ((1,), (0,))):
+        fn = nt.empirical_ntk_fn(f, trace, diagonal, 0, method)
+        expected = reference.ntk(lambda q, x: f(q, x, scale), p, x1, x2, trace, diagonal)
+        got = fn(x1, x2, p, tangents=scale)
+        np.testing.assert_allclose(got, expected, rtol=rtol, atol=10 * rtol)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_different_batch_sizes(method, rtol):
     network = NETWORKS[0]
     for trace, vmap_axes in (((-1,), 0), ((), None)):

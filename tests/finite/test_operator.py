@@ -102,6 +102,60 @@ def test_linearises_once(rtol):
     assert 'dense<"0x' not in text
 
 
+@pytest.mark.parametrize("first", ["T", "left", "rmatvec"])
+def test_transpose_shares_what_was_linearised(first):
+    runs = []
+
+    def f(p, x):
+        jax.debug.callback(lambda: runs.append(1))
+        return jnp.tanh(x @ p["w"] / 2 + p["b"]) @ p["v"]
+
+    op = nt.ntk_operator(f, MLP.params, MLP.x1, MLP.x2)
+    u = np.ones(op.shape[0], op.dtype)
+    product = {
+        "T": lambda: op.T @ u,
+        "left": lambda: u @ op,
+        "rmatvec": lambda: op.linear_operator().rmatvec(u),
+    }[first]
+    for _ in range(3):
+        product()
+    jax.effects_barrier()
+    assert len(runs) == 2  # one forward pass for each side
+
+
+def test_identical_pairs_keep_the_symmetry(rtol):
+    f = lambda p, x, mask: (x * mask) @ p
+    p, x, mask = normal(0, 3, 2), normal(1, 4, 3), normal(2, 4, 3)
+    op = nt.ntk_operator(f, p, x, mask=(mask, mask))
+    assert op.is_symmetric
+    assert not nt.ntk_operator(f, p, x, mask=(mask, mask + 1)).is_symmetric
+    alone = nt.ntk_operator(lambda q, z: f(q, z, mask), p, x)
+    _close(op.materialise(), alone.materialise(), rtol)
+
+
+def test_transformations(rtol):
+    """The operator under vmap over parameters and grad through a product."""
+    v = normal(1, 6)
+    moved = lambda s: tree_util.tree_map(lambda a: a * s, MLP.params)
+    product = lambda s: nt.ntk_operator(MLP.f, moved(s), MLP.x1, MLP.x2) @ v
+    scales = jnp.array([1.0, 1.5])
+    got = jax.vmap(product)(scales)
+    dense = lambda s: nt.empirical_ntk_fn(MLP.f, ())(MLP.x1, MLP.x2, moved(s))
+    theta = lambda s: dense(s).transpose(0, 2, 1, 3).reshape(8, 6)
+    _close(got, jax.vmap(lambda s: theta(s) @ v)(scales), rtol)
+    slope = jax.grad(lambda s: product(s).sum())(1.5)
+    _close(slope, jax.grad(lambda s: (theta(s) @ v).sum())(1.5), rtol)
+    vp = lambda s: nt.empirical_ntk_vp_fn(MLP.f, MLP.x1, MLP.x2, moved(s))(v.reshape(3, 2))
+    _close(jax.grad(lambda s: vp(s).sum())(1.5), slope, rtol)
+    _close(jax.vmap(vp)(scales).reshape(2, 8), got, rtol)
+
+
+def test_complex_vectors_are_refused():
+    op = nt.ntk_operator(MLP.f, MLP.params, MLP.x1, MLP.x2)
+    with pytest.raises(TypeError, match="right operand of @ is of dtype complex"):
+        op @ jnp.ones(6, complex)
+
+
 def test_at_other_parameters_compiles_nothing(rtol):
     op = nt.ntk_operator(MLP.f, MLP.params, MLP.x1, MLP.x2)
     v = normal(1, op.shape[1])

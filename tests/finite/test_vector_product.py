@@ -48,7 +48,7 @@ def test_trees(rtol):
 
 def test_memory_is_that_of_a_vector_jacobian_product():
     """XLA's own count of temporaries: a product needs hardly more than one backward pass."""
-    for depth, width, batch in ((8, 64, 128), (8, 128, 128), (12, 32, 512)):
+    for depth, width, batch in ((8, 64, 128), (12, 128, 128), (12, 32, 512)):
         p = [normal(i, width, width) for i in range(depth)]
         x, v = normal(9, batch, width), normal(10, batch, width)
         of_vjp = _temporaries(lambda q, a, u: jax.vjp(lambda r: _deep(r, a), q)[1](u), p, x, v)
@@ -65,6 +65,22 @@ def _deep(params, x):
 
 def _temporaries(fn, *args):
     return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nan_goes_where_it_goes(compiled):
+    """Waiting for the backward pass adds no NaN and hides none."""
+    f = lambda p, x: jax.nn.relu(x @ p["a"]) + jnp.linalg.norm(p["b"])
+    p = {"a": normal(0, 3, 4), "b": jnp.zeros(2)}
+    x, v = normal(1, 5, 3), normal(2, 5, 4)
+    for cotangents in (v, v.at[0, 0].set(jnp.nan)):
+        product = nt.empirical_ntk_vp_fn(f, x, x + 1, p)
+        pulled = jax.vjp(lambda q: f(q, x + 1), p)[1](cotangents)[0]
+        expected = jax.jvp(lambda q: f(q, x), (p,), (pulled,))[1]
+        got = (jax.jit(product) if compiled else product)(cotangents)
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+    with pytest.raises(TypeError, match="cotangents of dtype complex"):
+        nt.empirical_ntk_vp_fn(f, x, x, p)(jax.lax.complex(v, v))
 
 
 def test_mismatched_cotangents_say_both_shapes():

@@ -8,7 +8,8 @@ and absent from the result, a *diagonal* axis is kept once, all others stay as p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -20,7 +21,12 @@ from tangents._core.typing import Array, Axes
 
 def canonical(axes: Axes, shape: Sequence[int], *, caller: str, argument: str) -> tuple[int, ...]:
     """Sorted non-negative axes, or an error that says which axes there are."""
-    given = (axes,) if isinstance(axes, int) else tuple(axes)
+    try:
+        given = tuple(map(operator.index, axes if isinstance(axes, Iterable) else (axes,)))
+    except TypeError:
+        raise TypeError(
+            f"{caller}: {argument}={axes!r} must be an integer or a sequence of integers."
+        ) from None
     ndim = len(shape)
     for axis in given:
         if not -ndim <= axis < ndim:
@@ -91,6 +97,15 @@ class PairAxes:
             if axis not in self.diagonal:
                 dims.append(shape2[axis])
         return tuple(dims)
+
+    def position(self, axis: int) -> int:
+        """Where the index, or the pair of indices, of an output axis starts in the kernel."""
+        return sum(2 if a in self.pairs else 1 for a in range(axis) if a not in self.trace)
+
+    def without(self, axis: int) -> PairAxes:
+        """The same choice for outputs that lack an axis."""
+        move = lambda axes: tuple(a - (a > axis) for a in axes if a != axis)
+        return PairAxes(self.ndim - 1, move(self.trace), move(self.diagonal))
 
     def trace_size(self, shape: Sequence[int]) -> int:
         """Number of entries averaged over: the size of the trace axes."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 
 def describe_axes(ndim: int) -> str:
     """'its axes are 0 and 1 (or -2, -1)': the valid axes of an array with `ndim` dimensions."""
@@ -14,10 +12,3 @@ def describe_axes(ndim: int) -> str:
     listed = positive[0] if ndim == 1 else ", ".join(positive[:-1]) + " and " + positive[-1]
     noun = "axis is" if ndim == 1 else "axes are"
     return f"its {noun} {listed} (or {', '.join(negative)})"
-
-
-def join_words(words: Sequence[str]) -> str:
-    """Join words as prose: 'a', 'a or b', 'a, b or c'."""
-    if len(words) < 2:
-        return "".join(words)
-    return ", ".join(words[:-1]) + " or " + words[-1]

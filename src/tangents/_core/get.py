@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 Get: TypeAlias = str | Sequence[str] | None
@@ -20,6 +20,8 @@ def canonical_get(get: Get) -> str | tuple[str, ...] | None:
         return None
     if isinstance(get, str):
         return get.lower()
+    if not isinstance(get, Iterable) or not all(isinstance(name, str) for name in get):
+        raise TypeError(f"get={get!r} must be a name, a tuple of names, or None for everything.")
     names = tuple(name.lower() for name in get)
     if not names:
         raise ValueError('"get" must be non-empty.')

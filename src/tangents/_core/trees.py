@@ -10,7 +10,6 @@ is the kernel of gradient descent on both parts (the convention of `jax.grad` up
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,7 +44,7 @@ class Partition:
     def __init__(self, tree: PyTree):
         """Split `tree`."""
         flat, self._treedef = tree_util.tree_flatten(tree)
-        self._paths = [
+        self.paths = [
             tree_util.keystr(path) for path, _ in tree_util.tree_flatten_with_path(tree)[0]
         ]
         self._carried = [None if is_differentiable(leaf) else leaf for leaf in flat]
@@ -54,7 +53,7 @@ class Partition:
         self.leaves: list[Array] = []
         self.names: list[str] = []
         for leaf, name, real, cplx in zip(
-            flat, self._paths, self._differentiated, self._complex, strict=True
+            flat, self.paths, self._differentiated, self._complex, strict=True
         ):
             if not real:
                 continue
@@ -81,10 +80,6 @@ class Partition:
             else:
                 flat.append(next(remaining))
         return tree_util.tree_unflatten(self._treedef, flat)
-
-    def bind(self, f: Callable[..., PyTree]) -> Callable[..., PyTree]:
-        """`f` as a function of the list of differentiable leaves."""
-        return lambda leaves, *args, **kwargs: f(self.merge(leaves), *args, **kwargs)
 
 
 def describe(tree: PyTree) -> str:

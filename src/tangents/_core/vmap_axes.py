@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import tree_util
 
 from tangents._core.errors import describe_axes
@@ -59,8 +60,9 @@ class VMapSpec:
     ) -> Any:
         """`one(x_i, kwargs_i)` for every example, stacked on `out_axes`."""
         unmapped = lambda axis: None if axis < 0 else axis
-        static = {k: v for k, v in kwargs.items() if k not in self.kwargs_axes}
-        mapped = {k: v for k, v in kwargs.items() if k in self.kwargs_axes}
+        moves = {k for k, a in self.kwargs_axes.items() if max(tree_util.tree_leaves(a)) >= 0}
+        static = {k: v for k, v in kwargs.items() if k not in moves}
+        mapped = {k: v for k, v in kwargs.items() if k in moves}
         flat_x, treedef = tree_util.tree_flatten(x)
         axes = [unmapped(a) for a in tree_util.tree_leaves(self.in_axes)]
         kwargs_axes = {k: tree_util.tree_map(unmapped, self.kwargs_axes[k]) for k in mapped}
@@ -165,7 +167,7 @@ def _broadcast(axes: Any, tree: PyTree, where: str, name: str) -> PyTree:
     def one(axis: Any, leaf: Any) -> int:
         if axis is None:
             return -1
-        if isinstance(axis, bool) or not isinstance(axis, int):
+        if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
             raise TypeError(f"{where} must be integers or None, not {axis!r}.")
         ndim = len(jnp.shape(leaf))
         if not -ndim <= axis < ndim:
@@ -173,7 +175,7 @@ def _broadcast(axes: Any, tree: PyTree, where: str, name: str) -> PyTree:
                 f"{where}: axis {axis} is out of range: {name} has shape "
                 f"{tuple(jnp.shape(leaf))}, so {describe_axes(ndim)}."
             )
-        return axis % ndim
+        return int(axis) % ndim
 
     spread = lambda axis, subtree: tree_util.tree_map(lambda leaf: one(axis, leaf), subtree)
     try:

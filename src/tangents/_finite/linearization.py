@@ -81,6 +81,12 @@ def _expansion(f: ApplyFn, params: PyTree, degree: int, caller: str) -> ApplyFn:
     def expanded(p: PyTree, *args: Any, **kwargs: Any) -> PyTree:
         step = _difference(Partition(frontends.as_jax(p)), origin, caller)
         along = lambda leaves: f(origin.merge(leaves), *args, **kwargs)
+        for path, y in tree_util.tree_leaves_with_path(jax.eval_shape(along, origin.leaves)):
+            if not jnp.issubdtype(y.dtype, jnp.inexact):
+                raise TypeError(
+                    f"{caller}: the output{tree_util.keystr(path)} of f has dtype {y.dtype} and no "
+                    "derivative: leave it out or cast it."
+                )
         value, *terms = _derivatives(along, origin.leaves, step, degree)
         for order, term in enumerate(terms, start=1):
             value = tree_util.tree_map(
@@ -93,7 +99,7 @@ def _expansion(f: ApplyFn, params: PyTree, degree: int, caller: str) -> ApplyFn:
 
 def _difference(point: Partition, origin: Partition, caller: str) -> list[Array]:
     here, there = point.leaves, origin.leaves
-    if point.names != origin.names or [a.shape for a in here] != [b.shape for b in there]:
+    if point.paths != origin.paths or [a.shape for a in here] != [b.shape for b in there]:
         shapes = lambda part: {n: x.shape for n, x in zip(part.names, part.leaves, strict=True)}
         raise ValueError(
             f"{caller}: the function is expanded about params with leaves {shapes(origin)}, but "

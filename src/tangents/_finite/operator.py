@@ -14,6 +14,7 @@ from jax import tree_util
 
 from tangents import frontends
 from tangents._core.axes import PairAxes
+from tangents._core.kwargs import merge_equal_pairs
 from tangents._core.memory import chunk_size, chunks, resolve_budget
 from tangents._core.precision import PrecisionLike
 from tangents._core.trees import describe
@@ -21,8 +22,9 @@ from tangents._core.typing import ApplyFn, Array, Axes, PyTree, VMapAxes
 from tangents._finite.functions import compute
 from tangents._finite.implementation import NtkImplementation
 from tangents._finite.linearised import Linearised, Program, Rebuild, split_dynamic
-from tangents._finite.methods import get_method
+from tangents._finite.methods import get_method, structured_derivatives
 from tangents._finite.problem import Problem, make_problem
+from tangents._finite.vector_product import as_real
 
 
 def ntk_operator(
@@ -49,7 +51,8 @@ def ntk_operator(
         f: `f(params, x, **kwargs)`, PyTrees in, PyTree of arrays out.
         params: PyTree of parameters; leaves that are not floating point are carried.
         x1: inputs on the left.
-        x2: inputs on the right; None stands for x1 and makes the operator symmetric.
+        x2: inputs on the right; None stands for x1 and makes the operator symmetric, unless a
+            keyword argument is a pair of different values.
         vmap_axes: promise of independent examples, for the dense results (`empirical_ntk_fn`).
         implementation: method of the dense results.
         precision: of Gram contractions: None (highest), or a `jax.lax.Precision` or its name.
@@ -78,8 +81,18 @@ def ntk_operator(
         f, vmap_axes, NtkImplementation.parse(implementation, caller=caller), precision
     )
     get_method(options.implementation, caller=caller)
-    dynamic, rebuild = split_dynamic((_with_arrays(params), x1, x2, apply_fn_kwargs))
+    kwargs = merge_equal_pairs(apply_fn_kwargs) if x2 is None else apply_fn_kwargs
+    # NumPy scalars among them say how to compute (train=np.bool_(True)), they are no data.
+    kwargs = tree_util.tree_map(lambda v: v.item() if isinstance(v, np.generic) else v, kwargs)
+    dynamic, rebuild = split_dynamic((_with_arrays(params), x1, x2, kwargs))
     return NTKOperator(dynamic, _Programs(options, rebuild, dynamic))
+
+
+@dataclass
+class _Shared:
+    """What an operator and its transpose linearise once for both."""
+
+    value: tuple[Linearised, Linearised] | None = None
 
 
 class NTKOperator:
@@ -97,7 +110,7 @@ class NTKOperator:
         self._dynamic = dynamic
         self._programs = programs
         self._flip = flip
-        self._linear: tuple[Linearised, Linearised] | None = linear
+        self._linear: _Shared = _Shared() if linear is None else linear
 
     # What it is.
 
@@ -170,7 +183,9 @@ class NTKOperator:
     def _product(self, cotangents: list[Array]) -> list[Array]:
         linear = self._linearised()
         left, right = linear[self._flip], linear[not self._flip]
-        cast = [v.astype(y.dtype) for v, y in zip(cotangents, self._outputs(2), strict=True)]
+        name = "NTKOperator: the right operand of @ is"
+        outputs = self._outputs(2)
+        cast = [as_real(v, y.dtype, name) for v, y in zip(cotangents, outputs, strict=True)]
         return left.push(right.pull(cast))
 
     # Dense results.
@@ -212,8 +227,24 @@ class NTKOperator:
         lower = jnp.tril(full)
         return lower + jnp.tril(full, -1).T if self.is_symmetric else full
 
+    def explain(self, trace_axes: Axes = (-1,), diagonal_axes: Axes = ()) -> str:
+        """How structured derivatives would compute the dense kernel: nothing is computed.
+
+        Args:
+            trace_axes: output axes to average over.
+            diagonal_axes: output axes of which only the diagonal pairs are kept.
+
+        Returns:
+            A table for each output: for each weight its uses, how they are contracted, the work in
+            multiply-adds and the bytes of intermediate results at once, and, where a use has no
+            factored form, why the derivative in the whole weight is taken. The last line says how
+            many examples and outputs are worked on at once.
+        """
+        problem = self._problem()
+        return structured_derivatives.explain(problem, problem.pair_axes(trace_axes, diagonal_axes))
+
     def diagonal(self) -> Array:
-        """The diagonal Θ_ii = ‖∂fᵢ/∂θ‖², shape `(shape[0],)`, without the matrix."""
+        """The diagonal ∂fᵢ(x1)/∂θ · ∂fᵢ(x2)/∂θ, shape `(shape[0],)`, without the matrix."""
         if [y.shape for y in self._outputs(1)] != [y.shape for y in self._outputs(2)]:
             raise ValueError(
                 f"NTKOperator.diagonal: f(params, x1) has shape "
@@ -240,8 +271,8 @@ class NTKOperator:
         if not self._programs.fits(dynamic, rebuild):
             raise ValueError(
                 f"NTKOperator.at: params has shapes {describe(params)}, but the operator was made "
-                f"with {describe(old)} (leaves that are not arrays must be equal too): make a new "
-                "one with ntk_operator."
+                f"with {describe(old)} (dtypes, and leaves that are not arrays, must be equal "
+                "too): make a new one with ntk_operator."
             )
         return NTKOperator(dynamic, self._programs, self._flip)
 
@@ -270,18 +301,18 @@ class NTKOperator:
         return self._programs.problem(self._dynamic, self._flip)
 
     def _linearised(self) -> tuple[Linearised, Linearised]:
-        if self._linear is None:
+        if self._linear.value is None:
             linear = self._programs.linearise(self._dynamic)
             if any(isinstance(r, jax.core.Tracer) for r in tree_util.tree_leaves(linear)):
                 return linear  # belongs to a trace: keeping it would leak it
-            self._linear = linear
-        return self._linear
+            self._linear.value = linear
+        return self._linear.value
 
 
 tree_util.register_pytree_node(
     NTKOperator,
-    lambda op: ((op._dynamic, op._linear), (op._programs, op._flip)),
-    lambda aux, children: NTKOperator(children[0], *aux, linear=children[1]),
+    lambda op: ((op._dynamic, op._linear.value), (op._programs, op._flip)),
+    lambda aux, children: NTKOperator(children[0], *aux, linear=_Shared(children[1])),
 )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax, tree_util
 
@@ -14,7 +15,7 @@ from tangents import frontends
 from tangents._core import precision as precision_policy
 from tangents._core import vmap_axes as vmapping
 from tangents._core.axes import PairAxes
-from tangents._core.kwargs import is_pair, split_kwargs
+from tangents._core.kwargs import is_pair, merge_equal_pairs, split_kwargs
 from tangents._core.trees import Partition
 from tangents._core.typing import ApplyFn, Array, Axes, PyTree, VMapAxes
 from tangents._core.vmap_axes import VMapSpec
@@ -49,6 +50,12 @@ class Problem:
     precision: lax.Precision
     caller: str
 
+    @property
+    def is_traced(self) -> bool:
+        """Whether the kernel is being compiled, not computed step by step."""
+        arrays = tree_util.tree_leaves((self.leaves, self.side1.x, self.side2.x))
+        return any(isinstance(leaf, jax.core.Tracer) for leaf in arrays)
+
     def pair_axes(self, trace_axes: Axes, diagonal_axes: Axes) -> list[PairAxes]:
         """Trace and diagonal axes of each output leaf, checked."""
         return [
@@ -75,6 +82,7 @@ def make_problem(
     vmap_axes: VMapAxes = None,
     precision: precision_policy.PrecisionLike = None,
     caller: str,
+    differentiates: bool = True,
 ) -> Problem:
     """Check a kernel's inputs and bring them into the form that methods take."""
     if x1 is None:
@@ -82,11 +90,13 @@ def make_problem(
     # A model in place of a function, and tensors of its framework in place of arrays.
     f = frontends.as_apply_fn(f)
     x1, x2, params = frontends.as_jax((x1, x2, params))
+    if x2 is None:
+        kwargs = merge_equal_pairs(kwargs)
     kwargs1, kwargs2 = split_kwargs(kwargs, x1, x2)
     # Pairs make the two sides different functions of the same x: a Jacobian each.
     symmetric = x2 is None and not any(is_pair(value) for value in kwargs.values())
     partition = Partition(params)
-    if not partition.leaves:
+    if differentiates and not partition.leaves:
         raise ValueError(
             f"{caller}: params has no floating-point leaf, so there is nothing to differentiate "
             f"in: its leaves are {[type(leaf).__name__ for leaf in tree_util.tree_leaves(params)]}."

@@ -10,11 +10,15 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from tangents._core.axes import PairAxes
 from tangents._core.typing import Array
 from tangents._finite.methods.jacobian_contraction import batch_jacobians, without_axis
 from tangents._finite.problem import Problem
+
+TANGENTS = " tangents"
+"""Key of the tangents among keyword arguments: no identifier, so none of a user's."""
 
 
 def kernels(problem: Problem, axes: list[PairAxes]) -> list[Array]:
@@ -40,7 +44,7 @@ def _leaf_by_examples(problem: Problem, k: int, pair: PairAxes) -> Array:
     spec1, spec2 = problem.side1.vmap, problem.side2.vmap
     assert spec1 is not None and spec2 is not None
     batch = spec1.out_axes[k]
-    inner = _drop_axis(pair, batch)
+    inner = pair.without(batch)
     one1, one2 = spec1.per_example(problem.f), spec2.per_example(problem.f)
     output = problem.side2.outputs[k]
     shape = jax.ShapeDtypeStruct(without_axis(output.shape, batch), output.dtype)
@@ -56,22 +60,26 @@ def _leaf_by_examples(problem: Problem, k: int, pair: PairAxes) -> Array:
     side1, side2 = problem.side1, problem.side2
     tangents = spec2.map_examples(rows, side2.x, side2.kwargs, out_axes=0)
     if batch in pair.pairs:
-        against = lambda x, kwargs: jax.vmap(lambda t: block(x, kwargs, t))(tangents)
-        kernel = spec1.map_examples(against, side1.x, side1.kwargs, out_axes=0)
-        position = _kernel_position(pair, batch)
-        return jnp.moveaxis(kernel, (0, 1), (position, position + 1))
+        # One example of x2 after the other meets all of x1, linearised as a batch: all pairs at
+        # once would hold the activations' tangents of all pairs.
+        _, push = jax.linearize(lambda leaves: problem.run(side1)(leaves)[k], problem.leaves)
+        reduce_examples = jax.vmap(inner.reduce_full, in_axes=batch)
+        column = lambda t: reduce_examples(_columns(push, t, inner.ndim))
+        kernel = lax.map(column, tangents) if problem.is_traced else jax.vmap(column)(tangents)
+        position = pair.position(batch)
+        return jnp.moveaxis(kernel, (1, 0), (position, position + 1))
     # Only pairs of the same example are wanted: both sides go through their batch together.
-    own = {"tangents": tangents, **side1.kwargs}
-    joint = spec1.with_kwarg_axis("tangents", tangents)
+    own = {**side1.kwargs, TANGENTS: tangents}
+    joint = spec1.with_kwarg_axis(TANGENTS, tangents)
     kernel = joint.map_examples(
-        lambda x, kw: block(x, {n: v for n, v in kw.items() if n != "tangents"}, kw["tangents"]),
+        lambda x, kw: block(x, {n: v for n, v in kw.items() if n != TANGENTS}, kw[TANGENTS]),
         side1.x,
         own,
         out_axes=0,
     )
     if batch in pair.trace:
         return jnp.sum(kernel, axis=0) / max(spec1.size, 1)
-    return jnp.moveaxis(kernel, 0, _kernel_position(pair, batch))
+    return jnp.moveaxis(kernel, 0, pair.position(batch))
 
 
 def _columns(push, tangents: list[Array], ndim2: int) -> Array:
@@ -84,13 +92,3 @@ def _columns(push, tangents: list[Array], ndim2: int) -> Array:
     flat = [t.reshape(count, *t.shape[ndim2:]) for t in tangents]
     columns = jax.vmap(push, out_axes=-1)(flat)
     return columns.reshape(*columns.shape[:-1], *shape2)
-
-
-def _drop_axis(pair: PairAxes, axis: int) -> PairAxes:
-    move = lambda axes: tuple(a - (a > axis) for a in axes if a != axis)
-    return PairAxes(pair.ndim - 1, move(pair.trace), move(pair.diagonal))
-
-
-def _kernel_position(pair: PairAxes, axis: int) -> int:
-    """Where the index (or index pair) of an output axis starts in the kernel's layout."""
-    return sum(2 if a in pair.pairs else 1 for a in range(axis) if a not in pair.trace)
