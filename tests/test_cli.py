@@ -44,7 +44,7 @@ def test_demo_twice(tmp_path):
 
 
 def test_interrupted_demo_leaves_nothing(tmp_path):
-    out = tmp_path / "report"
+    out = tmp_path / "new" / "report"
     process = subprocess.Popen(
         [*COMMAND, "demo", "--quick", "--out", str(out)],
         stderr=subprocess.PIPE,
@@ -67,8 +67,10 @@ def test_bad_arguments(tmp_path):
     file = tmp_path / "file"
     file.write_text("x")
     run = _run("demo", "--out", str(file))
-    assert run.returncode == 2 and "is a file: name a folder" in run.stderr
+    assert run.returncode == 2 and "cannot be written: File exists" in run.stderr
+    run = _run("demo", "--out", str(file / "sub"))
+    assert run.returncode == 2 and "cannot be written: Not a directory" in run.stderr
     run = _run("demo", "--seed", "-1", "--out", str(tmp_path / "o"))
-    assert run.returncode == 2 and "--seed -1 must be 0 or more" in run.stderr
+    assert run.returncode == 2 and "--seed -1 must be 0 to 2**32 - 1" in run.stderr
     assert _run("nonsense").returncode == 2
     assert _run("--version").stdout.startswith("tangents ")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -21,13 +24,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demonstration; the exit status."""
-    out = arguments.out
-    if out.exists() and not out.is_dir():
-        print(f"tangents demo: --out {out} is a file: name a folder.", file=sys.stderr)
+    if not 0 <= arguments.seed < 2**32:
+        print(f"tangents demo: --seed {arguments.seed} must be 0 to 2**32 - 1.", file=sys.stderr)
         return 2
-    if arguments.seed < 0:
-        print(f"tangents demo: --seed {arguments.seed} must be 0 or more.", file=sys.stderr)
+    try:
+        with _folder(arguments.out) as out:
+            return _compute_and_write(arguments, out)
+    except OSError as error:
+        print(
+            f"tangents demo: --out {arguments.out} cannot be written: {error.strerror}.",
+            file=sys.stderr,
+        )
         return 2
+
+
+@contextlib.contextmanager
+def _folder(path: Path) -> Iterator[Path]:
+    """The folder of the report, there and writable before anything is computed.
+
+    Folders made here are taken away again if nothing has been written into them.
+    """
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            pass
+        yield path
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _compute_and_write(arguments: argparse.Namespace, out: Path) -> int:
     try:
         from tqdm import tqdm
 

@@ -30,7 +30,7 @@ def targets(labels: np.ndarray) -> np.ndarray:
 
 
 def load(train: int, test: int, seed: int) -> Digits:
-    """A random split; training images are balanced over classes in every prefix, near enough."""
+    """A random split."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)

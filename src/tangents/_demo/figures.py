@@ -11,34 +11,33 @@ import numpy as np
 matplotlib.use("Agg")  # no window system is needed, and none is touched
 import matplotlib.pyplot as plt
 
+from tangents import plot
 from tangents._demo.experiment import Outcome
 
 
 def kernel_matrix(outcome: Outcome) -> Any:
     """The empirical NTK between training images ordered by class, as correlations."""
-    order = np.argsort(outcome.digits.labels_train, kind="stable")
-    labels = outcome.digits.labels_train[order]
+    labels = np.sort(outcome.digits.labels_train)
     norms = np.sqrt(np.diag(outcome.kernel))
-    correlation = (outcome.kernel / norms / norms[:, None])[np.ix_(order, order)]
     figure, ax = plt.subplots(figsize=(5.6, 4.8))
-    picture = ax.imshow(correlation, cmap="viridis", interpolation="nearest")
+    plot.kernel_matrix(
+        outcome.kernel / norms / norms[:, None], outcome.digits.labels_train, ax=ax, cmap="viridis"
+    )
     middles = [np.mean(np.flatnonzero(labels == c)) for c in np.unique(labels)]
     ax.set_xticks(middles, np.unique(labels))
     ax.set_yticks(middles, np.unique(labels))
-    for edge in np.flatnonzero(np.diff(labels)) + 0.5:
-        ax.axhline(edge, color="white", linewidth=0.4)
-        ax.axvline(edge, color="white", linewidth=0.4)
-    ax.set_xlabel("training images, ordered by digit")
-    figure.colorbar(picture, label="Θ(x, x′) / √(Θ(x, x) Θ(x′, x′))")
+    ax.set(
+        xlabel="training images, ordered by digit",
+        ylabel="",
+        title="Θ(x, x′) / √(Θ(x, x) Θ(x′, x′))",
+    )
     return figure
 
 
 def spectrum(outcome: Outcome) -> Any:
     """Eigenvalues of the empirical NTK on the training images."""
-    values = np.linalg.eigvalsh(outcome.kernel.astype(np.float64))[::-1]
     figure, ax = plt.subplots(figsize=(5.6, 4.2))
-    ax.loglog(np.arange(1, len(values) + 1), np.maximum(values, values[0] * 1e-9), ".-")
-    ax.set_xlabel("rank")
+    plot.spectrum(outcome.kernel, ax=ax)
     ax.set_ylabel("eigenvalue of Θ(train, train)")
     ax.grid(alpha=0.3)
     return figure
@@ -46,13 +45,13 @@ def spectrum(outcome: Outcome) -> Any:
 
 def learning_curves(outcome: Outcome) -> Any:
     """Accuracy against the number of training images."""
+    sizes = outcome.size.subsets
     figure, ax = plt.subplots(figsize=(6.4, 4.2))
-    for row in outcome.rows:
-        ax.semilogx(outcome.size.subsets, row.curve, "o-", label=row.name, markersize=4)
-    ax.set_xticks(outcome.size.subsets, [str(n) for n in outcome.size.subsets])
+    plot.learning_curves(sizes, {row.name: row.curve for row in outcome.rows}, ax=ax, markersize=4)
+    ax.set_yscale("linear")
+    ax.set_xticks(sizes, [str(n) for n in sizes])
     ax.minorticks_off()
-    ax.set_xlabel("training images")
-    ax.set_ylabel(f"accuracy on {outcome.size.test} test images")
+    ax.set(xlabel="training images", ylabel=f"accuracy on {outcome.size.test} test images")
     ax.legend(fontsize=7)
     ax.grid(alpha=0.3)
     return figure

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import platform
 import shutil
+import signal
 import tempfile
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -60,10 +63,19 @@ def table(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits: five renames are all done or none."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def write(outcome: Outcome, facts: dict[str, Any], out: Path) -> Path:
-    """Write pictures and page beside `out` first, then move them in; the page comes last."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    """Write pictures and page into a hidden folder in `out` first, then move them into place."""
+    scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=out))
     try:
         pictures = []
         for name, (title, _) in figures.FIGURES.items():
@@ -75,9 +87,9 @@ def write(outcome: Outcome, facts: dict[str, Any], out: Path) -> Path:
             facts=facts, rows=rows, pictures=pictures
         )
         (scratch / "report.html").write_text(page, encoding="utf-8")
-        out.mkdir(exist_ok=True)
-        for name in [*(f"{name}.png" for name in figures.FIGURES), "report.html"]:
-            os.replace(scratch / name, out / name)
+        with _uninterrupted():
+            for name in [*(f"{name}.png" for name in figures.FIGURES), "report.html"]:
+                os.replace(scratch / name, out / name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return out / "report.html"
