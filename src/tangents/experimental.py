@@ -65,9 +65,9 @@ def get_apply_fn_and_params(
         ValueError: if the model is not built and there is no example input.
         NotImplementedError: if an operation or the backend is not supported.
 
-    Example:
+    Examples:
         >>> import keras, numpy as np  # doctest: +SKIP
-        >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)])
+        >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)])  # doctest: +SKIP
         >>> apply_fn, params = get_apply_fn_and_params(model)  # doctest: +SKIP
         >>> apply_fn(params, np.ones((5, 8), "float32")).shape  # doctest: +SKIP
         (5, 3)
@@ -123,7 +123,7 @@ def empirical_ntk_fn_tf(
 
     Source: Novak, Sohl-Dickstein, Schoenholz 2022.
 
-    Example:
+    Examples:
         >>> import keras, tensorflow as tf  # doctest: +SKIP
         >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)])  # doctest: +SKIP
         >>> kernel_fn = empirical_ntk_fn_tf(model, vmap_axes=0)  # doctest: +SKIP

@@ -44,7 +44,7 @@ def kernel_matrix(kernel: Any, labels: Any = None, *, ax: Any = None, **imshow: 
     Returns:
         The axes.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from tangents import plot
         >>> ax = plot.kernel_matrix(jnp.eye(4), labels=[0, 1, 0, 1])
@@ -80,7 +80,7 @@ def spectrum(kernel: Any, *, ridge: float | None = None, ax: Any = None, **line:
     Returns:
         The axes.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from tangents import plot
         >>> ax = plot.spectrum(jnp.diag(jnp.array([3., 2., 1.])), ridge=0.1)
@@ -117,7 +117,7 @@ def learning_curves(
     Returns:
         The axes.
 
-    Example:
+    Examples:
         >>> from tangents import plot
         >>> ax = plot.learning_curves([10, 100], {"ntk": [0.5, 0.1], "nngp": [0.6, 0.2]})
     """
@@ -164,7 +164,7 @@ def predictive_bands(
     Returns:
         The axes.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from tangents import plot
         >>> x = jnp.linspace(-1, 1, 5)
@@ -218,7 +218,7 @@ def training_dynamics(
     Returns:
         The axes.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from tangents import plot
         >>> t = jnp.array([0., 1., 2.])

@@ -79,7 +79,7 @@ def empirical_ntk_fn(
         NotImplementedError: for a `while` loop between parameters and output: it has no reverse
             mode.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, tangents
         >>> f = lambda params, x: jnp.tanh(x @ params["w"]) @ params["v"]
         >>> params = {"w": jnp.ones((3, 4)), "v": jnp.ones((4, 2))}
@@ -155,7 +155,7 @@ def empirical_nngp_fn(
     Raises:
         ValueError: for axes that do not fit the output of `f`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, tangents
         >>> f = lambda params, x: x @ params
         >>> tangents.empirical_nngp_fn(f)(jnp.ones((5, 3)), None, jnp.ones((3, 2))).shape
@@ -240,7 +240,7 @@ def empirical_kernel_fn(
         ValueError: for an empty or repeated `get`, or axes that do not fit.
         KeyError: for a `get` that is neither 'nngp' nor 'ntk'.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, tangents
         >>> kernel_fn = tangents.empirical_kernel_fn(lambda params, x: x @ params)
         >>> k = kernel_fn(jnp.ones((5, 3)), None, ("nngp", "ntk"), jnp.ones((3, 2)))

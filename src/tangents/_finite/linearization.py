@@ -33,7 +33,7 @@ def linearize(f: ApplyFn, params: PyTree) -> ApplyFn:
     Raises:
         ValueError: if `p` and `params` differ in structure or shapes.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, tangents
         >>> f_lin = tangents.linearize(lambda p, x: p**2 * x, jnp.array(3.0))
         >>> float(f_lin(jnp.array(3.5), 2.0))  # 2 · (9 + 6 · 0.5)
@@ -61,7 +61,7 @@ def taylor_expand(f: ApplyFn, params: PyTree, degree: int) -> ApplyFn:
         ValueError: if `degree` is negative, or `p` and `params` differ in structure or shapes.
         TypeError: if `degree` is not an integer.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, tangents
         >>> f_two = tangents.taylor_expand(lambda p, x: p**3 * x, jnp.array(1.0), 2)
         >>> float(f_two(jnp.array(2.0), 1.0))  # 1 + 3 + 3

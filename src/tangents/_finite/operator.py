@@ -65,7 +65,7 @@ def ntk_operator(
     Raises:
         ValueError: for `vmap_axes` that do not fit, or parameters without a floating-point leaf.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, tangents
         >>> f = lambda params, x: jnp.tanh(x @ params)
         >>> op = tangents.ntk_operator(f, jnp.ones((3, 2)), jnp.ones((5, 3)))

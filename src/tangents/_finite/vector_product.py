@@ -43,7 +43,7 @@ def empirical_ntk_vp_fn(
     Raises:
         ValueError: if cotangents have other shapes or another structure than `f(params, x2)`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, tangents
         >>> f = lambda params, x: x @ params
         >>> x1, x2, params = jnp.ones((5, 3)), jnp.ones((4, 3)), jnp.ones((3, 2))

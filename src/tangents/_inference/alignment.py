@@ -44,7 +44,7 @@ def kernel_alignment(kernel: Array, other: Array, *, centred: bool = True) -> Ar
     Returns:
         A scalar.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, tangents
         >>> round(float(tangents.kernel_alignment(jnp.eye(3), 2 * jnp.eye(3))), 6)
         1.0
@@ -69,7 +69,7 @@ def target_alignment(kernel: Array, y: Array, *, centred: bool = True) -> Array:
     Returns:
         A scalar.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, tangents
         >>> y = jnp.array([1., -1.])
         >>> round(float(tangents.target_alignment(jnp.outer(y, y), y)), 6)
@@ -90,7 +90,7 @@ def target_alignment(kernel: Array, y: Array, *, centred: bool = True) -> Array:
 def kernel_distance(kernel: Array, other: Array, *, centred: bool = False) -> Array:
     r"""1 − ⟨K, L⟩ / (‖K‖ ‖L‖): how far a kernel has turned (Fort et al. 2020, eq. 5).
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, tangents
         >>> float(tangents.kernel_distance(jnp.diag(jnp.array([1., 0.])),
         ...                                jnp.diag(jnp.array([0., 1.]))))
@@ -110,7 +110,7 @@ def kernel_velocity(kernels: Sequence[Array], times: Any = None, *, centred: boo
     Returns:
         (len(kernels) − 1,). Source: Fort et al. 2020, section 4.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, tangents
         >>> tangents.kernel_velocity([jnp.eye(2), 2 * jnp.eye(2)]).shape
         (1,)
@@ -140,7 +140,7 @@ def task_model_alignment(kernel: Any, y: Array) -> Array:
     Returns:
         (k,), ascending; its last entry is 1 for a complete spectrum.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, tangents
         >>> k = jnp.diag(jnp.array([2., 1.]))
         >>> tangents.task_model_alignment(k, jnp.array([1., 1.])).tolist()

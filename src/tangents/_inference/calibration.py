@@ -50,7 +50,7 @@ def calibration(
     Raises:
         ValueError: if shapes do not fit.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, tangents
         >>> float(tangents.calibration(jnp.zeros(4), jnp.ones(4), jnp.ones(4)).chi2)
         1.0
@@ -93,7 +93,7 @@ def class_probabilities(mean: Array, variance: Array, points: int = 32) -> Array
     Returns:
         (m, c), rows summing to 1.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, tangents
         >>> tangents.class_probabilities(jnp.zeros((1, 2)), jnp.ones(1)).tolist()
         [[0.5, 0.5]]
@@ -135,7 +135,7 @@ def class_calibration(probabilities: Array, labels: Array, bins: int = 15) -> Cl
 
     The expected calibration error bins examples by confidence (Guo et al. 2017).
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, tangents
         >>> p = jnp.array([[0.8, 0.2], [0.8, 0.2]])
         >>> round(float(tangents.class_calibration(p, jnp.array([0, 1])).calibration_error), 3)

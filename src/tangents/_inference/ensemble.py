@@ -82,7 +82,7 @@ def gradient_descent_mse_ensemble(
         NotImplementedError: if `get` names another kernel.
         ValueError: if shapes do not fit, or training and test arguments conflict.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from tangents import predict
         >>> def kernel_fn(x1, x2, get):

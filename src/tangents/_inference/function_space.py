@@ -87,8 +87,9 @@ def gradient_descent(
         solver: a diffrax solver; 'odeint' for `jax.experimental.ode.odeint`; None takes diffrax's
             `Tsit5` where diffrax is installed and 'odeint' otherwise. Stiff problems (large
             t·λ_max) are served by an implicit one such as `diffrax.Kvaerno5()`.
-        rtol, atol: error of a step that is tolerated; the step size follows from it (diffrax: a PID
-            controller). Default: 1.4e-8 in float64, 1e-6 in float32, both.
+        rtol: relative error of a step that is tolerated; the step size follows from it (diffrax: a
+            PID controller). Default: 1.4e-8 in float64, 1e-6 in float32.
+        atol: absolute error of a step that is tolerated; the same default.
         max_steps: steps after which diffrax gives up.
 
     Returns:
@@ -105,7 +106,7 @@ def gradient_descent(
             without momentum.
         ImportError: if a diffrax solver is asked for and diffrax is missing: `tangents[ode]`.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from tangents import predict
         >>> k = jnp.array([[2., 1.], [1., 2.]])

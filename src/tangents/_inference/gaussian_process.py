@@ -94,7 +94,7 @@ def gp_inference(
         ValueError: if a needed kernel is missing, shapes do not fit, or the kernel is not positive
             semidefinite; a singular kernel is inverted on its range.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from tangents import predict
         >>> k = jnp.array([[2., 1.], [1., 2.]])

@@ -64,7 +64,7 @@ def gradient_descent_mse(
         ValueError: if shapes do not fit, or at infinite time if the kernel has an eigenvalue that
             is negative beyond rounding.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from tangents import predict
         >>> k = jnp.array([[2., 1.], [1., 2.]])

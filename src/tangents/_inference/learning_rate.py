@@ -36,7 +36,7 @@ def max_learning_rate(
         TypeError: if a `Kernel` is passed.
         ValueError: if the kernel is not square.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from tangents import predict
         >>> round(float(predict.max_learning_rate(jnp.diag(jnp.array([4., 1.])))), 6)

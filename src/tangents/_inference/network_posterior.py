@@ -105,7 +105,7 @@ def network_posterior(
     Raises:
         SolveError: if the systems cannot be solved.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, tangents
         >>> f = lambda w, x: jnp.tanh(x @ w)
         >>> x = jnp.linspace(-1, 1, 6)[:, None]

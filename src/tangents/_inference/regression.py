@@ -67,7 +67,9 @@ class KernelRegression:
     leave_one_out_error: Array
     targets_shape: tuple[int, ...] = field(metadata={"static": True}, default=())
 
-    def predict(self, k_test_train: Array, k_test_test: Array | None = None, noise: bool = False):
+    def predict(
+        self, k_test_train: Array, k_test_test: Array | None = None, noise: bool = False
+    ) -> Any:
         """Mean, or `Gaussian(mean, covariance or variances)`, of the latent function.
 
         Args:
@@ -131,7 +133,7 @@ def fit_kernel_regression(
     Raises:
         ValueError: if shapes do not fit or the criterion is not known.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import tangents
         >>> x = jnp.linspace(-1, 1, 8)
@@ -226,7 +228,7 @@ def leave_one_out(
     Returns:
         Means in the shape of `y_train`, and latent variances (n,).
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, tangents
         >>> means, variances = tangents.leave_one_out(jnp.eye(3), jnp.ones(3), 0.1)
         >>> means.shape, variances.shape
@@ -258,7 +260,7 @@ def log_marginal_likelihood(
     Returns:
         A scalar; NaN if K + ρ I is not positive definite.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, tangents
         >>> k, y = jnp.eye(3), jnp.ones(3)
         >>> evidence = lambda noise: tangents.log_marginal_likelihood(k, y, noise)

@@ -56,7 +56,7 @@ def save(path: str | os.PathLike[str], result: Any) -> None:
     Raises:
         TypeError: for anything else, such as functions; the message says where it is.
 
-    Example:
+    Examples:
         >>> import tempfile, os, jax.numpy as jnp, tangents
         >>> path = os.path.join(tempfile.mkdtemp(), "kernel.npz")
         >>> tangents.save(path, {"ntk": jnp.eye(2)})

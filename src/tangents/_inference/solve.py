@@ -71,7 +71,7 @@ def solve(
         SolveError: if the system was not solved and `throw`; the message holds the remedy.
         ValueError: if shapes or names do not fit.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> import tangents
         >>> k = jnp.array([[2., 1.], [1., 2.]])

@@ -60,7 +60,7 @@ def spectrum(kernel: Any, k: int | None = None, *, tol: float = 0.0, seed: int =
     Raises:
         ValueError: if k is out of range, or None for an operator.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, tangents
         >>> tangents.spectrum(jnp.diag(jnp.array([1., 3., 2.]))).eigenvalues.tolist()
         [3.0, 2.0, 1.0]
@@ -139,7 +139,7 @@ def effective_dimension(kernel: Any, ridge: float | Array) -> Array:
     Returns:
         Shape of `ridge`. Source: Zhang 2005; Caponnetto and De Vito 2007.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, tangents
         >>> float(tangents.effective_dimension(jnp.eye(4), 1.0))
         2.0
@@ -162,7 +162,7 @@ def condition_number(kernel: Any, ridge: float | Array = 0.0) -> Array:
         kernel: a matrix, or a complete `Spectrum`.
         ridge: ρ.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, tangents
         >>> float(tangents.condition_number(jnp.diag(jnp.array([4., 1.])), 1.0))
         2.5

@@ -48,11 +48,12 @@ class Diagonal:
     `a >> b` is the requirement of the layers one after another, `a & b` of layers side by side;
     `bool(d)` says whether equal positions suffice throughout.
 
-    >>> from tangents import stax
-    >>> convolution = stax.Diagonal()
-    >>> flatten, pool = (stax.Diagonal(b, stax.Bool.YES) for b in (stax.Bool.YES, stax.Bool.NO))
-    >>> bool(convolution >> flatten), bool(convolution >> pool)
-    (True, False)
+    Examples:
+        >>> from tangents import stax
+        >>> convolution = stax.Diagonal()
+        >>> flatten, pool = (stax.Diagonal(b, stax.Bool.YES) for b in (stax.Bool.YES, stax.Bool.NO))
+        >>> bool(convolution >> flatten), bool(convolution >> pool)
+        (True, False)
     """
 
     input: Bool = Bool.YES
@@ -143,17 +144,18 @@ def layer(make: Callable[..., Any]) -> Callable[..., Layer]:
       A function of the same signature whose result composes with all others, and whose `kernel_fn`
       takes arrays, `get`, and the rest.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> @stax.layer
-    ... def Scale(c):
-    ...     init_fn = lambda rng, shape: (shape, ())
-    ...     apply_fn = lambda params, x, **kwargs: c * x
-    ...     kernel_fn = lambda k, **kwargs: k * c
-    ...     return init_fn, apply_fn, kernel_fn
-    >>> _, _, kernel_fn = stax.serial(stax.Dense(4), Scale(2.0))
-    >>> float(kernel_fn(jnp.ones((1, 3)), None, "nngp")[0, 0])
-    4.0
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> @stax.layer
+        ... def Scale(c):
+        ...     init_fn = lambda rng, shape: (shape, ())
+        ...     apply_fn = lambda params, x, **kwargs: c * x
+        ...     kernel_fn = lambda k, **kwargs: k * c
+        ...     return init_fn, apply_fn, kernel_fn
+        >>> _, _, kernel_fn = stax.serial(stax.Dense(4), Scale(2.0))
+        >>> float(kernel_fn(jnp.ones((1, 3)), None, "nngp")[0, 0])
+        4.0
     """
 
     @functools.wraps(make)
@@ -316,12 +318,13 @@ def serial(*layers: Any) -> Layer:
     Returns:
       A layer; its parameters are the list of theirs.
 
-    >>> import jax
-    >>> from tangents import stax
-    >>> init_fn, apply_fn, kernel_fn = stax.serial(stax.Dense(4), stax.Relu(), stax.Dense(2))
-    >>> shape, params = init_fn(jax.random.key(0), (-1, 3))
-    >>> shape, [len(p) for p in params]
-    ((-1, 2), [2, 0, 2])
+    Examples:
+        >>> import jax
+        >>> from tangents import stax
+        >>> init_fn, apply_fn, kernel_fn = stax.serial(stax.Dense(4), stax.Relu(), stax.Dense(2))
+        >>> shape, params = init_fn(jax.random.key(0), (-1, 3))
+        >>> shape, [len(p) for p in params]
+        ((-1, 2), [2, 0, 2])
     """
     return Layer(Serial(tuple(as_node(u) for u in layers)))
 
@@ -335,11 +338,12 @@ def parallel(*layers: Any) -> Layer:
     Returns:
       A layer from a list of inputs to the list of outputs; its parameters are the list of theirs.
 
-    >>> import jax
-    >>> from tangents import stax
-    >>> init_fn, _, _ = stax.parallel(stax.Dense(4), stax.Dense(5))
-    >>> init_fn(jax.random.key(0), [(-1, 3), (-1, 2)])[0]
-    [(-1, 4), (-1, 5)]
+    Examples:
+        >>> import jax
+        >>> from tangents import stax
+        >>> init_fn, _, _ = stax.parallel(stax.Dense(4), stax.Dense(5))
+        >>> init_fn(jax.random.key(0), [(-1, 3), (-1, 2)])[0]
+        [(-1, 4), (-1, 5)]
     """
     return Layer(Parallel(tuple(as_node(u) for u in layers)))
 
@@ -357,11 +361,12 @@ def repeat(layer: Any, n: int) -> Layer:
     Raises:
       ValueError: if the shape changes.
 
-    >>> import jax
-    >>> from tangents import stax
-    >>> init_fn, _, _ = stax.repeat(stax.serial(stax.Relu(), stax.Dense(3)), 5)
-    >>> jax.tree.map(lambda p: p.shape, init_fn(jax.random.key(0), (-1, 3))[1])
-    [(), ((5, 3, 3), None)]
+    Examples:
+        >>> import jax
+        >>> from tangents import stax
+        >>> init_fn, _, _ = stax.repeat(stax.serial(stax.Relu(), stax.Dense(3)), 5)
+        >>> jax.tree.map(lambda p: p.shape, init_fn(jax.random.key(0), (-1, 3))[1])
+        [(), ((5, 3, 3), None)]
     """
     if n < 0:
         raise ValueError(f"repeat: n={n} must not be negative")

@@ -36,12 +36,13 @@ class Kernel:
     c²), `k + c` adds c (c² to second moments, nothing to the ntk), `k[idx]` indexes them.
     A Kernel is immutable and a pytree.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, _, kernel_fn = stax.Dense(1, W_std=2.0)
-    >>> k = kernel_fn(jnp.eye(3))
-    >>> (k * 3.0).nngp.shape, k.is_gaussian
-    ((3, 3), True)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, _, kernel_fn = stax.Dense(1, W_std=2.0)
+        >>> k = kernel_fn(jnp.eye(3))
+        >>> (k * 3.0).nngp.shape, k.is_gaussian
+        ((3, 3), True)
     """
 
     nngp: Any

@@ -146,11 +146,12 @@ class KernelFn:
     in inputs and hyperparameters. Where two inputs are equal, kernels of ReLU-like networks have a
     cusp; the gradient there is the symmetric subgradient.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, _, kernel_fn = stax.serial(stax.Dense(8), stax.Erf(), stax.Dense(1))
-    >>> kernel_fn(jnp.eye(3), None, "ntk").shape
-    (3, 3)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, _, kernel_fn = stax.serial(stax.Dense(8), stax.Erf(), stax.Dense(1))
+        >>> kernel_fn(jnp.eye(3), None, "ntk").shape
+        (3, 3)
     """
 
     def __init__(self, node: Node):
@@ -275,15 +276,16 @@ class KernelFn:
           covariance (pairs of positions: all, or equal ones only), that of the two sides, and the
           bytes of one array; then how the pairs of examples are cut into tiles.
 
-        >>> import jax.numpy as jnp
-        >>> from tangents import stax
-        >>> _, _, kernel_fn = stax.serial(stax.Conv(4, (3,)), stax.Relu(), stax.Flatten())
-        >>> print(kernel_fn.explain(jnp.ones((2, 8, 1)), get="nngp"))
-        layer              output     pairs of positions  sides  one array
-        layer 0 (Conv)     (2, 6, 4)  equal               equal  96 B
-        layer 1 (Relu)     (2, 6, 4)  equal               none   96 B
-        layer 2 (Flatten)  (2, 24)    -                   none   16 B
-        examples: 2 x 2 pairs in one tile
+        Examples:
+            >>> import jax.numpy as jnp
+            >>> from tangents import stax
+            >>> _, _, kernel_fn = stax.serial(stax.Conv(4, (3,)), stax.Relu(), stax.Flatten())
+            >>> print(kernel_fn.explain(jnp.ones((2, 8, 1)), get="nngp"))
+            layer              output     pairs of positions  sides  one array
+            layer 0 (Conv)     (2, 6, 4)  equal               equal  96 B
+            layer 1 (Relu)     (2, 6, 4)  equal               none   96 B
+            layer 2 (Flatten)  (2, 24)    -                   none   16 B
+            examples: 2 x 2 pairs in one tile
         """
         memory = kwargs.pop("memory", None)
         names = canonical_get(get)

@@ -24,11 +24,12 @@ class MaskedArray:
       masked_value: the array; its masked entries mean nothing.
       mask: boolean, `True` = masked, of a shape that broadcasts to the array's, or `None`.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> x = stax.MaskedArray(jnp.ones((2, 3)), jnp.array([[True], [False]]))
-    >>> x.shape
-    (2, 3)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> x = stax.MaskedArray(jnp.ones((2, 3)), jnp.array([[True], [False]]))
+        >>> x.shape
+        (2, 3)
     """
 
     def __init__(self, masked_value: Any, mask: Any = None):
@@ -111,14 +112,15 @@ def unmask_fn(fn: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
       A function of the same arguments, without `MaskedArray` in its results.
 
-    >>> import jax, jax.numpy as jnp
-    >>> from tangents import stax
-    >>> init_fn, apply_fn, _ = stax.Dense(2)
-    >>> _, params = init_fn(jax.random.key(0), (-1, 3))
-    >>> x = jnp.array([[1.0, 2.0, 3.0], [9.0, 9.0, 9.0]])
-    >>> y = stax.unmask_fn(apply_fn)(params, x, mask_constant=9.0)
-    >>> bool((y[1] == 0).all())
-    True
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from tangents import stax
+        >>> init_fn, apply_fn, _ = stax.Dense(2)
+        >>> _, params = init_fn(jax.random.key(0), (-1, 3))
+        >>> x = jnp.array([[1.0, 2.0, 3.0], [9.0, 9.0, 9.0]])
+        >>> y = stax.unmask_fn(apply_fn)(params, x, mask_constant=9.0)
+        >>> bool((y[1] == 0).all())
+        True
     """
 
     def to_array(x):

@@ -53,7 +53,7 @@ def batch(
         NotImplementedError: for `diagonal_batch=False`, whose covariances have no tiles.
         TypeError: for results that cannot be tiled.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, tangents
         >>> gram = lambda x1, x2: x1 @ (x1 if x2 is None else x2).T
         >>> tangents.batch(gram, batch_size=2)(jnp.ones((5, 3))).shape

@@ -80,7 +80,7 @@ def monte_carlo_kernel_fn(
         ValueError: for numbers of samples that are not positive integers.
         TypeError: if `n_samples` is neither an integer nor iterable.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, tangents
         >>> init_fn = lambda key, shape: ((-1, 1), jax.random.normal(key, (shape[-1], 1)))
         >>> apply_fn = lambda w, x: x @ w

@@ -75,7 +75,7 @@ def from_model(
             it.
         TypeError: for an object that is no model.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, tangents
         >>> apply_fn, params = tangents.from_model(lambda params, x: x @ params)
         >>> apply_fn(jnp.ones((3, 2)), jnp.ones((5, 3))).shape, params

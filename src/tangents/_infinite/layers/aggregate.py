@@ -159,12 +159,13 @@ def Aggregate(
         edges (batch, edges, number of axes, 2), or (batch, edges, 2) for one axis, each a tail and
         a head; edges with a negative head are padding.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, aggregate, _ = stax.Aggregate()
-    >>> chain = jnp.array([[[0.0, 1.0], [0.0, 0.0]]])  # one edge, from node 0 to node 1
-    >>> aggregate((), jnp.array([[[5.0], [7.0]]]), pattern=chain).ravel().tolist()
-    [0.0, 5.0]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, aggregate, _ = stax.Aggregate()
+        >>> chain = jnp.array([[[0.0, 1.0], [0.0, 0.0]]])  # one edge, from node 0 to node 1
+        >>> aggregate((), jnp.array([[[5.0], [7.0]]]), pattern=chain).ravel().tolist()
+        [0.0, 5.0]
     """
     implementation = AggregateImplementation(implementation)
     if implementation == AggregateImplementation.SPARSE:

@@ -382,12 +382,13 @@ def GlobalSelfAttention(
     Returns:
       A layer with parameters `(Q | None, K, V, W_out, b | None, pos_emb | None)`.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> attention = stax.GlobalSelfAttention(4, 4, 4, 2)
-    >>> _, _, kernel_fn = stax.serial(stax.Dense(4), attention, stax.GlobalAvgPool())
-    >>> kernel_fn(jnp.ones((2, 3, 5)), None, "ntk").round(6).tolist()
-    [[3.0, 3.0], [3.0, 3.0]]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> attention = stax.GlobalSelfAttention(4, 4, 4, 2)
+        >>> _, _, kernel_fn = stax.serial(stax.Dense(4), attention, stax.GlobalAvgPool())
+        >>> kernel_fn(jnp.ones((2, 3, 5)), None, "ntk").round(6).tolist()
+        [[3.0, 3.0], [3.0, 3.0]]
     """
     node = AttentionNode(
         n_chan_out,

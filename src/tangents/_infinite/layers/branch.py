@@ -48,11 +48,12 @@ def FanOut(num: int) -> Layer:
     Args:
       num: number of copies.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, copies, _ = stax.FanOut(2)
-    >>> [c.tolist() for c in copies((), jnp.ones(1))]
-    [[1.0], [1.0]]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, copies, _ = stax.FanOut(2)
+        >>> [c.tolist() for c in copies((), jnp.ones(1))]
+        [[1.0], [1.0]]
     """
     return Layer(FanOutNode(num))
 
@@ -149,11 +150,12 @@ def FanInSum() -> Layer:
       ValueError: if shapes differ.
       NotImplementedError: in `kernel_fn`, if an input is not Gaussian.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, add, _ = stax.FanInSum()
-    >>> add((), [jnp.ones(2), 2 * jnp.ones(2)]).tolist()
-    [3.0, 3.0]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, add, _ = stax.FanInSum()
+        >>> add((), [jnp.ones(2), 2 * jnp.ones(2)]).tolist()
+        [3.0, 3.0]
     """
     return Layer(FanInSumNode())
 
@@ -215,11 +217,12 @@ def FanInProd() -> Layer:
     Raises:
       ValueError: if shapes differ.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, multiply, _ = stax.FanInProd()
-    >>> multiply((), [3 * jnp.ones(2), 2 * jnp.ones(2)]).tolist()
-    [6.0, 6.0]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, multiply, _ = stax.FanInProd()
+        >>> multiply((), [3 * jnp.ones(2), 2 * jnp.ones(2)]).tolist()
+        [6.0, 6.0]
     """
     return Layer(FanInProdNode())
 
@@ -343,10 +346,11 @@ def FanInConcat(axis: int = -1) -> Layer:
       NotImplementedError: in `kernel_fn`, if an input is not Gaussian and `axis` is not the channel
         axis.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, concatenate, _ = stax.FanInConcat()
-    >>> concatenate((), [jnp.ones((1, 2)), jnp.ones((1, 3))]).shape
-    (1, 5)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, concatenate, _ = stax.FanInConcat()
+        >>> concatenate((), [jnp.ones((1, 2)), jnp.ones((1, 3))]).shape
+        (1, 5)
     """
     return Layer(FanInConcatNode(axis))

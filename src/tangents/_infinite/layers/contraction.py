@@ -151,12 +151,13 @@ def DotGeneral(
     Raises:
       ValueError: if both constants are given.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> halve = jnp.full((4,), 0.25)
-    >>> layer = stax.DotGeneral(rhs=halve, dimension_numbers=(((1,), (0,)), ((), ())))
-    >>> layer[1]((), jnp.ones((2, 4, 3))).shape
-    (2, 3)
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> halve = jnp.full((4,), 0.25)
+        >>> layer = stax.DotGeneral(rhs=halve, dimension_numbers=(((1,), (0,)), ((), ())))
+        >>> layer[1]((), jnp.ones((2, 4, 3))).shape
+        (2, 3)
     """
     if lhs is not None and rhs is not None:
         raise ValueError("DotGeneral: give lhs or rhs, not both: the other one is the input")

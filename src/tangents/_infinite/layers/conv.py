@@ -268,12 +268,13 @@ def Conv(
     Returns:
       A layer with parameters `(W, b)`; b has ones except on the channel axis, or is None.
 
-    >>> import jax
-    >>> from tangents import stax
-    >>> init_fn, _, _ = stax.Conv(8, (3, 3), strides=(2, 2), padding="SAME", b_std=0.1)
-    >>> shape, (W, b) = init_fn(jax.random.key(0), (-1, 5, 6, 3))
-    >>> shape, W.shape, b.shape
-    ((-1, 3, 3, 8), (3, 3, 3, 8), (1, 1, 1, 8))
+    Examples:
+        >>> import jax
+        >>> from tangents import stax
+        >>> init_fn, _, _ = stax.Conv(8, (3, 3), strides=(2, 2), padding="SAME", b_std=0.1)
+        >>> shape, (W, b) = init_fn(jax.random.key(0), (-1, 5, 6, 3))
+        >>> shape, W.shape, b.shape
+        ((-1, 3, 3, 8), (3, 3, 3, 8), (1, 1, 1, 8))
     """
     return _layer(
         "Conv",
@@ -320,11 +321,12 @@ def ConvTranspose(
     Returns:
       A layer with parameters `(W, b)`.
 
-    >>> import jax
-    >>> from tangents import stax
-    >>> init_fn, _, _ = stax.ConvTranspose(8, (3,), strides=(2,), padding="SAME")
-    >>> init_fn(jax.random.key(0), (1, 5, 3))[0]
-    (1, 10, 8)
+    Examples:
+        >>> import jax
+        >>> from tangents import stax
+        >>> init_fn, _, _ = stax.ConvTranspose(8, (3,), strides=(2,), padding="SAME")
+        >>> init_fn(jax.random.key(0), (1, 5, 3))[0]
+        (1, 10, 8)
     """
     return _layer(
         "ConvTranspose",
@@ -371,11 +373,12 @@ def ConvLocal(
       A layer with parameters `(W, b)`: W has the output sizes in its spatial slots and
       n * prod(filter_shape) in its input slot; b is (1, *output sizes, out_chan), or None.
 
-    >>> import jax
-    >>> from tangents import stax
-    >>> _, (W, b) = stax.ConvLocal(8, (3,), b_std=0.1)[0](jax.random.key(0), (-1, 6, 2))
-    >>> W.shape, b.shape
-    ((4, 6, 8), (1, 4, 8))
+    Examples:
+        >>> import jax
+        >>> from tangents import stax
+        >>> _, (W, b) = stax.ConvLocal(8, (3,), b_std=0.1)[0](jax.random.key(0), (-1, 6, 2))
+        >>> W.shape, b.shape
+        ((4, 6, 8), (1, 4, 8))
     """
     return _layer(
         "ConvLocal",

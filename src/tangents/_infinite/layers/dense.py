@@ -116,12 +116,13 @@ def Dense(
       A layer with parameters `(W, b)`: W `(n, out_dim)`, b with ones except on the channel axis, or
       None.
 
-    >>> import jax
-    >>> from tangents import stax
-    >>> init_fn, apply_fn, kernel_fn = stax.Dense(5, W_std=1.5, b_std=0.1)
-    >>> _, (W, b) = init_fn(jax.random.key(0), (-1, 3))
-    >>> W.shape, b.shape
-    ((3, 5), (1, 5))
+    Examples:
+        >>> import jax
+        >>> from tangents import stax
+        >>> init_fn, apply_fn, kernel_fn = stax.Dense(5, W_std=1.5, b_std=0.1)
+        >>> _, (W, b) = init_fn(jax.random.key(0), (-1, 3))
+        >>> W.shape, b.shape
+        ((3, 5), (1, 5))
     """
     parameterization = check_parameterization(parameterization, "Dense")
     node = DenseNode(
@@ -186,11 +187,12 @@ def Embedding(vocabulary: int, out_dim: int, W_std: Any = 1.0) -> Layer:
     Returns:
       A layer with one parameter, E `(vocabulary, out_dim)`.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, _, kernel_fn = stax.serial(stax.Embedding(10, 4), stax.Flatten(), stax.Dense(1))
-    >>> tokens = jnp.array([[1, 2, 3], [1, 2, 4]])
-    >>> (3 * kernel_fn(tokens, None, "nngp")).round().tolist()  # tokens in common
-    [[3.0, 2.0], [2.0, 3.0]]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, _, kernel_fn = stax.serial(stax.Embedding(10, 4), stax.Flatten(), stax.Dense(1))
+        >>> tokens = jnp.array([[1, 2, 3], [1, 2, 4]])
+        >>> (3 * kernel_fn(tokens, None, "nngp")).round().tolist()  # tokens in common
+        [[3.0, 2.0], [2.0, 3.0]]
     """
     return Layer(EmbeddingNode(vocabulary, out_dim, W_std))

@@ -64,11 +64,12 @@ def Dropout(rate: Any, mode: str = "train") -> Layer:
     divided by `rate` at equal positions; so is that of x1 with x2 where they are one example: the
     inputs are equal by value, hence dropped by one draw.
 
-    >>> import jax, jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, drop, _ = stax.Dropout(0.5)
-    >>> sorted(set(drop((), jnp.ones((1, 50)), rng=jax.random.key(0)).ravel().tolist()))
-    [0.0, 2.0]
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, drop, _ = stax.Dropout(0.5)
+        >>> sorted(set(drop((), jnp.ones((1, 50)), rng=jax.random.key(0)).ravel().tolist()))
+        [0.0, 2.0]
     """
     if not isinstance(rate, Tracer) and not 0 < rate <= 1:
         raise ValueError(f"Dropout: rate={rate} is the probability to keep an entry: 0 < rate <= 1")

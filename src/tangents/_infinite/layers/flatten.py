@@ -86,10 +86,11 @@ def Flatten(batch_axis: int = 0, batch_axis_out: int = 0) -> Layer:
     Raises:
       ValueError: for another `batch_axis_out`.
 
-    >>> import jax
-    >>> from tangents import stax
-    >>> stax.Flatten()[0](jax.random.key(0), (-1, 4, 5, 3))[0]
-    (-1, 60)
+    Examples:
+        >>> import jax
+        >>> from tangents import stax
+        >>> stax.Flatten()[0](jax.random.key(0), (-1, 4, 5, 3))[0]
+        (-1, 60)
     """
     if batch_axis_out not in (0, 1, -1, -2):
         raise ValueError(f"Flatten: batch_axis_out={batch_axis_out} must be 0, 1, -1 or -2")

@@ -35,16 +35,17 @@ def Elementwise(
       UserWarning: if `d_nngp_fn` is derived; it may be nan where the formula is 0/0, as often at
         equal inputs.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> square = stax.Elementwise(
-    ...     lambda x: x**2,
-    ...     lambda cov12, var1, var2: 2 * cov12**2 + var1 * var2,
-    ...     lambda cov12, var1, var2: 4 * cov12,
-    ... )
-    >>> _, _, kernel_fn = stax.serial(stax.Dense(1), square)
-    >>> kernel_fn(jnp.ones((1, 2)), None, "nngp").tolist()
-    [[3.0]]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> square = stax.Elementwise(
+        ...     lambda x: x**2,
+        ...     lambda cov12, var1, var2: 2 * cov12**2 + var1 * var2,
+        ...     lambda cov12, var1, var2: 4 * cov12,
+        ... )
+        >>> _, _, kernel_fn = stax.serial(stax.Dense(1), square)
+        >>> kernel_fn(jnp.ones((1, 2)), None, "nngp").tolist()
+        [[3.0]]
     """
     if fn is None and nngp_fn is None:
         raise ValueError("Elementwise: give fn (for apply_fn), nngp_fn (for kernel_fn), or both")
@@ -80,16 +81,17 @@ def ElementwiseNumerical(
     Warns:
       UserWarning: as the error is not estimated.
 
-    >>> import warnings
-    >>> import jax.numpy as jnp
-    >>> import numpy as np
-    >>> from tangents import stax
-    >>> with warnings.catch_warnings():
-    ...     warnings.simplefilter("ignore")
-    ...     layer = stax.ElementwiseNumerical(jnp.tanh, deg=30)
-    >>> _, _, kernel_fn = stax.serial(stax.Dense(1), layer)
-    >>> print(np.asarray(kernel_fn(jnp.ones((1, 2)), None, "nngp")).round(4))
-    [[0.3943]]
+    Examples:
+        >>> import warnings
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from tangents import stax
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
+        ...     layer = stax.ElementwiseNumerical(jnp.tanh, deg=30)
+        >>> _, _, kernel_fn = stax.serial(stax.Dense(1), layer)
+        >>> print(np.asarray(kernel_fn(jnp.ones((1, 2)), None, "nngp")).round(4))
+        [[0.3943]]
     """
     if not isinstance(deg, int) or deg < 1:
         raise ValueError(f"ElementwiseNumerical: deg={deg!r} must be an integer >= 1")

@@ -30,13 +30,14 @@ def Relu(do_stabilize: bool = False) -> Layer:
     Args:
       do_stabilize: without effect; the kernel is always computed in the stable form.
 
-    >>> import jax.numpy as jnp
-    >>> import numpy as np
-    >>> from tangents import stax
-    >>> _, _, kernel_fn = stax.serial(stax.Dense(1), stax.Relu())
-    >>> print(np.asarray(kernel_fn(2.0 * jnp.eye(2), None, "nngp")).round(4))
-    [[1.     0.3183]
-     [0.3183 1.    ]]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from tangents import stax
+        >>> _, _, kernel_fn = stax.serial(stax.Dense(1), stax.Relu())
+        >>> print(np.asarray(kernel_fn(2.0 * jnp.eye(2), None, "nngp")).round(4))
+        [[1.     0.3183]
+         [0.3183 1.    ]]
     """
     return nonlinearity("Relu", RELU)
 
@@ -51,11 +52,12 @@ def LeakyRelu(alpha: Any, do_stabilize: bool = False) -> Layer:
       alpha: slope for negative x.
       do_stabilize: without effect; the kernel is always computed in the stable form.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, phi, _ = stax.LeakyRelu(0.5)
-    >>> phi((), jnp.array([-1.0, 1.0])).tolist()
-    [-0.5, 1.0]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, phi, _ = stax.LeakyRelu(0.5)
+        >>> phi((), jnp.array([-1.0, 1.0])).tolist()
+        [-0.5, 1.0]
     """
     return nonlinearity("LeakyRelu", LEAKY_RELU, alpha=alpha)
 
@@ -69,11 +71,12 @@ def Abs(do_stabilize: bool = False) -> Layer:
     Args:
       do_stabilize: without effect; the kernel is always computed in the stable form.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, phi, _ = stax.Abs()
-    >>> phi((), jnp.array([-2.0, 1.0])).tolist()
-    [2.0, 1.0]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, phi, _ = stax.Abs()
+        >>> phi((), jnp.array([-2.0, 1.0])).tolist()
+        [2.0, 1.0]
     """
     return nonlinearity("Abs", ABS)
 
@@ -90,11 +93,12 @@ def ABRelu(a: Any, b: Any, do_stabilize: bool = False) -> Layer:
       b: slope for positive x.
       do_stabilize: without effect; the kernel is always computed in the stable form.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, phi, _ = stax.ABRelu(-1.0, 2.0)
-    >>> phi((), jnp.array([-1.0, 1.0])).tolist()
-    [1.0, 2.0]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, phi, _ = stax.ABRelu(-1.0, 2.0)
+        >>> phi((), jnp.array([-1.0, 1.0])).tolist()
+        [1.0, 2.0]
     """
     return nonlinearity("ABRelu", ABRELU, a=a, b=b)
 
@@ -105,11 +109,12 @@ def Sign() -> Layer:
     K' = 2/π arcsin(K / √(v1 v2)) (Sheppard 1899). T' = 0: the derivative of the sign is zero where
     it exists. The gradient of K' at equal or opposite inputs is the symmetric subgradient.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, _, kernel_fn = stax.serial(stax.Dense(1), stax.Sign())
-    >>> kernel_fn(jnp.eye(2), None, "nngp").round(4).tolist()
-    [[1.0, 0.0], [0.0, 1.0]]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, _, kernel_fn = stax.serial(stax.Dense(1), stax.Sign())
+        >>> kernel_fn(jnp.eye(2), None, "nngp").round(4).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
     """
     return nonlinearity("Sign", SIGN)
 
@@ -126,11 +131,12 @@ def RectifiedMonomial(degree: int) -> Layer:
     Raises:
       ValueError: if `degree` is not a non-negative integer.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, phi, _ = stax.RectifiedMonomial(2)
-    >>> phi((), jnp.array([-2.0, 3.0])).tolist()
-    [0.0, 9.0]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, phi, _ = stax.RectifiedMonomial(2)
+        >>> phi((), jnp.array([-2.0, 3.0])).tolist()
+        [0.0, 9.0]
     """
     if not isinstance(degree, int) or degree < 0:
         raise ValueError(f"RectifiedMonomial: degree={degree!r} must be an integer >= 0")

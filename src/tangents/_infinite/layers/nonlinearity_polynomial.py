@@ -26,14 +26,15 @@ def Hermite(degree: int) -> Layer:
     Warns:
       UserWarning: as the polynomials are orthonormal for inputs of variance 1 only.
 
-    >>> import warnings
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> with warnings.catch_warnings():
-    ...     warnings.simplefilter("ignore")
-    ...     _, phi, _ = stax.Hermite(1)
-    >>> phi((), jnp.array([0.5])).tolist()
-    [0.5]
+    Examples:
+        >>> import warnings
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
+        ...     _, phi, _ = stax.Hermite(1)
+        >>> phi((), jnp.array([0.5])).tolist()
+        [0.5]
     """
     if not isinstance(degree, int) or degree < 0:
         raise ValueError(f"Hermite: degree={degree!r} must be an integer >= 0")
@@ -58,11 +59,12 @@ def Monomial(degree: int) -> Layer:
     Raises:
       NotImplementedError: if `degree` is not from 0 to 5.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, _, kernel_fn = stax.serial(stax.Dense(1), stax.Monomial(2))
-    >>> kernel_fn(jnp.ones((1, 2)), None, "nngp").tolist()
-    [[3.0]]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, _, kernel_fn = stax.serial(stax.Dense(1), stax.Monomial(2))
+        >>> kernel_fn(jnp.ones((1, 2)), None, "nngp").tolist()
+        [[3.0]]
     """
     if degree not in range(6):
         raise NotImplementedError(
@@ -83,11 +85,12 @@ def Polynomial(coef: Sequence[Any]) -> Layer:
     Raises:
       ValueError: if `coef` is empty.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, phi, _ = stax.Polynomial([1.0, 0.0, 2.0])
-    >>> phi((), jnp.array([3.0])).tolist()
-    [19.0]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, phi, _ = stax.Polynomial([1.0, 0.0, 2.0])
+        >>> phi((), jnp.array([3.0])).tolist()
+        [19.0]
     """
     coef = tuple(coef)
     if not coef:

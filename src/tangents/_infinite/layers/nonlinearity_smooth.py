@@ -29,12 +29,13 @@ def Erf(a: Any = 1.0, b: Any = 1.0, c: Any = 0.0) -> Layer:
       b: scale of the input.
       c: shift of the output.
 
-    >>> import jax.numpy as jnp
-    >>> import numpy as np
-    >>> from tangents import stax
-    >>> _, _, kernel_fn = stax.serial(stax.Dense(1), stax.Erf())
-    >>> print(np.asarray(kernel_fn(jnp.ones((1, 2)), None, "nngp")).round(4))
-    [[0.4646]]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from tangents import stax
+        >>> _, _, kernel_fn = stax.serial(stax.Dense(1), stax.Erf())
+        >>> print(np.asarray(kernel_fn(jnp.ones((1, 2)), None, "nngp")).round(4))
+        [[0.4646]]
     """
     return nonlinearity("Erf", ERF, a=a, b=b, c=c)
 
@@ -44,11 +45,12 @@ def Sigmoid_like() -> Layer:
 
     Within 0.02 of the logistic sigmoid, and with a dual in closed form: that of `Erf`.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, phi, _ = stax.Sigmoid_like()
-    >>> phi((), jnp.zeros(1)).tolist()
-    [0.5]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, phi, _ = stax.Sigmoid_like()
+        >>> phi((), jnp.zeros(1)).tolist()
+        [0.5]
     """
     return nonlinearity("Sigmoid_like", ERF, a=0.5, b=1 / 2.4020563531719796, c=0.5)
 
@@ -63,12 +65,13 @@ def Gelu(approximate: bool = False) -> Layer:
     Args:
       approximate: `apply_fn` uses the tanh approximation; the kernel is always the exact one.
 
-    >>> import jax.numpy as jnp
-    >>> import numpy as np
-    >>> from tangents import stax
-    >>> _, _, kernel_fn = stax.serial(stax.Dense(1), stax.Gelu())
-    >>> print(np.asarray(kernel_fn(jnp.ones((1, 2)), None, "nngp")).round(4))
-    [[0.4252]]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from tangents import stax
+        >>> _, _, kernel_fn = stax.serial(stax.Dense(1), stax.Gelu())
+        >>> print(np.asarray(kernel_fn(jnp.ones((1, 2)), None, "nngp")).round(4))
+        [[0.4252]]
     """
     return nonlinearity("Gelu", GELU_TANH if approximate else GELU)
 
@@ -84,11 +87,12 @@ def Sin(a: Any = 1.0, b: Any = 1.0, c: Any = 0.0) -> Layer:
       b: frequency.
       c: phase.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, phi, _ = stax.Sin(2.0)
-    >>> phi((), jnp.zeros(1)).tolist()
-    [0.0]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, phi, _ = stax.Sin(2.0)
+        >>> phi((), jnp.zeros(1)).tolist()
+        [0.0]
     """
     return nonlinearity("Sin", SIN, a=a, b=b, c=c)
 
@@ -104,11 +108,12 @@ def Cos(a: Any = 1.0, b: Any = 1.0, c: Any = 0.0) -> Layer:
       b: frequency.
       c: phase.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, phi, _ = stax.Cos(2.0)
-    >>> phi((), jnp.zeros(1)).tolist()
-    [2.0]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, phi, _ = stax.Cos(2.0)
+        >>> phi((), jnp.zeros(1)).tolist()
+        [2.0]
     """
     return nonlinearity("Cos", COS, a=a, b=b, c=c)
 
@@ -122,13 +127,14 @@ def Rbf(gamma: Any = 1.0) -> Layer:
     Args:
       gamma: inverse squared length scale, γ.
 
-    >>> import jax.numpy as jnp
-    >>> import numpy as np
-    >>> from tangents import stax
-    >>> _, _, kernel_fn = stax.serial(stax.Dense(1), stax.Rbf(0.5))
-    >>> print(np.asarray(kernel_fn(jnp.eye(2), None, "nngp")).round(4))
-    [[1.     0.6065]
-     [0.6065 1.    ]]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from tangents import stax
+        >>> _, _, kernel_fn = stax.serial(stax.Dense(1), stax.Rbf(0.5))
+        >>> print(np.asarray(kernel_fn(jnp.eye(2), None, "nngp")).round(4))
+        [[1.     0.6065]
+         [0.6065 1.    ]]
     """
     return nonlinearity("Rbf", RBF, gamma=gamma)
 
@@ -139,11 +145,12 @@ def Gabor() -> Layer:
     K' = exp(-(v1 + v2 + 4D) / 2d) sinh(K/d) / √d with D = v1 v2 - K², d = 1 + 2 (v1 + v2) + 4D (a
     Gaussian integral with imaginary linear term); T' is T times its derivative in K.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, phi, _ = stax.Gabor()
-    >>> phi((), jnp.zeros(1)).tolist()
-    [0.0]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, phi, _ = stax.Gabor()
+        >>> phi((), jnp.zeros(1)).tolist()
+        [0.0]
     """
     return nonlinearity("Gabor", GABOR)
 
@@ -158,11 +165,12 @@ def Exp(a: Any = 1, b: Any = 1) -> Layer:
       a: scale of the output.
       b: scale of the input.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, phi, _ = stax.Exp(2.0)
-    >>> phi((), jnp.zeros(1)).tolist()
-    [2.0]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, phi, _ = stax.Exp(2.0)
+        >>> phi((), jnp.zeros(1)).tolist()
+        [2.0]
     """
     return nonlinearity("Exp", EXP, a=a, b=b)
 
@@ -177,11 +185,12 @@ def Gaussian(a: Any = 1, b: Any = -1) -> Layer:
       a: scale of the output.
       b: scale of the squared input; negative for a bell.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, phi, _ = stax.Gaussian()
-    >>> phi((), jnp.zeros(1)).tolist()
-    [1.0]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, phi, _ = stax.Gaussian()
+        >>> phi((), jnp.zeros(1)).tolist()
+        [1.0]
     """
     return nonlinearity("Gaussian", GAUSSIAN, a=a, b=b)
 
@@ -201,12 +210,13 @@ def ExpNormalized(gamma: Any = 1, shift: Any = -1, do_clip: bool = False) -> Lay
     Raises:
       NotImplementedError: in `apply_fn`.
 
-    >>> import jax.numpy as jnp
-    >>> import numpy as np
-    >>> from tangents import stax
-    >>> _, _, kernel_fn = stax.serial(stax.Dense(1), stax.ExpNormalized())
-    >>> print(np.asarray(kernel_fn(jnp.eye(2), None, "nngp")).round(4))
-    [[0.5    0.1839]
-     [0.1839 0.5   ]]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> from tangents import stax
+        >>> _, _, kernel_fn = stax.serial(stax.Dense(1), stax.ExpNormalized())
+        >>> print(np.asarray(kernel_fn(jnp.eye(2), None, "nngp")).round(4))
+        [[0.5    0.1839]
+         [0.1839 0.5   ]]
     """
     return nonlinearity("ExpNormalized", exp_normalized(bool(do_clip)), gamma=gamma, shift=shift)

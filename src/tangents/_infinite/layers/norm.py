@@ -124,11 +124,12 @@ def LayerNorm(
       ValueError: if `axis` does not contain the channel axis.
       NotImplementedError: in `kernel_fn`, if the input is not Gaussian.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, _, kernel_fn = stax.serial(stax.Dense(1), stax.LayerNorm())
-    >>> kernel_fn(3.0 * jnp.eye(2), None, "nngp").round(6).tolist()
-    [[1.0, 0.0], [0.0, 1.0]]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, _, kernel_fn = stax.serial(stax.Dense(1), stax.LayerNorm())
+        >>> kernel_fn(3.0 * jnp.eye(2), None, "nngp").round(6).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
     """
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     node = NormNode(axes, eps, batch_axis, channel_axis, True)
@@ -155,11 +156,12 @@ def RMSNorm(
       batch_axis: batch axis of the input.
       channel_axis: channel axis of the input.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, norm, _ = stax.RMSNorm()
-    >>> norm((), jnp.array([[3.0, 3.0]])).round(5).tolist()
-    [[1.0, 1.0]]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, norm, _ = stax.RMSNorm()
+        >>> norm((), jnp.array([[3.0, 3.0]])).round(5).tolist()
+        [[1.0, 1.0]]
     """
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     return Layer(NormNode(axes, eps, batch_axis, channel_axis, False))

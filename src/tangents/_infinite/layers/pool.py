@@ -213,11 +213,12 @@ def AvgPool(
       batch_axis: batch axis of the input.
       channel_axis: channel axis of the input.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, pool, _ = stax.AvgPool((2,), padding="SAME", normalize_edges=True)
-    >>> pool((), jnp.array([1.0, 3.0, 5.0]).reshape(1, 3, 1)).ravel().tolist()
-    [2.0, 4.0, 5.0]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, pool, _ = stax.AvgPool((2,), padding="SAME", normalize_edges=True)
+        >>> pool((), jnp.array([1.0, 3.0, 5.0]).reshape(1, 3, 1)).ravel().tolist()
+        [2.0, 4.0, 5.0]
     """
     return _pool(True, window_shape, strides, padding, normalize_edges, batch_axis, channel_axis)
 
@@ -238,10 +239,11 @@ def SumPool(
       batch_axis: batch axis of the input.
       channel_axis: channel axis of the input.
 
-    >>> import jax
-    >>> from tangents import stax
-    >>> stax.SumPool((2, 2), strides=(2, 2))[0](jax.random.key(0), (-1, 6, 4, 3))[0]
-    (-1, 3, 2, 3)
+    Examples:
+        >>> import jax
+        >>> from tangents import stax
+        >>> stax.SumPool((2, 2), strides=(2, 2))[0](jax.random.key(0), (-1, 6, 4, 3))[0]
+        (-1, 3, 2, 3)
     """
     return _pool(False, window_shape, strides, padding, False, batch_axis, channel_axis)
 
@@ -255,10 +257,11 @@ def GlobalAvgPool(batch_axis: int = 0, channel_axis: int = -1) -> Layer:
       batch_axis: batch axis of the input.
       channel_axis: channel axis of the input.
 
-    >>> import jax
-    >>> from tangents import stax
-    >>> stax.GlobalAvgPool()[0](jax.random.key(0), (-1, 6, 4, 3))[0]
-    (-1, 3)
+    Examples:
+        >>> import jax
+        >>> from tangents import stax
+        >>> stax.GlobalAvgPool()[0](jax.random.key(0), (-1, 6, 4, 3))[0]
+        (-1, 3)
     """
     return Layer(GlobalPoolNode(True, batch_axis, channel_axis))
 
@@ -270,9 +273,10 @@ def GlobalSumPool(batch_axis: int = 0, channel_axis: int = -1) -> Layer:
       batch_axis: batch axis of the input.
       channel_axis: channel axis of the input.
 
-    >>> import jax
-    >>> from tangents import stax
-    >>> stax.GlobalSumPool()[0](jax.random.key(0), (-1, 6, 4, 3))[0]
-    (-1, 3)
+    Examples:
+        >>> import jax
+        >>> from tangents import stax
+        >>> stax.GlobalSumPool()[0](jax.random.key(0), (-1, 6, 4, 3))[0]
+        (-1, 3)
     """
     return Layer(GlobalPoolNode(False, batch_axis, channel_axis))

@@ -38,11 +38,12 @@ class IdentityNode(Node):
 def Identity() -> Layer:
     """The identity, for the branches of a residual network.
 
-    >>> import jax.numpy as jnp
-    >>> from tangents import stax
-    >>> _, same, _ = stax.Identity()
-    >>> same((), jnp.ones(2)).tolist()
-    [1.0, 1.0]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from tangents import stax
+        >>> _, same, _ = stax.Identity()
+        >>> same((), jnp.ones(2)).tolist()
+        [1.0, 1.0]
     """
     return Layer(IdentityNode())
 
@@ -156,11 +157,12 @@ def ImageResize(
       batch_axis: batch axis of the input.
       channel_axis: channel axis of the input.
 
-    >>> import jax
-    >>> from tangents import stax
-    >>> layer = stax.ImageResize((-1, 4, 6, -1), "linear")
-    >>> layer[0](jax.random.key(0), (-1, 8, 8, 3))[0]
-    (-1, 4, 6, 3)
+    Examples:
+        >>> import jax
+        >>> from tangents import stax
+        >>> layer = stax.ImageResize((-1, 4, 6, -1), "linear")
+        >>> layer[0](jax.random.key(0), (-1, 8, 8, 3))[0]
+        (-1, 4, 6, 3)
     """
     shape = tuple(shape)
     if -len(shape) <= channel_axis < len(shape) and shape[channel_axis] != -1:
@@ -334,9 +336,10 @@ def Index(idx: Any, batch_axis: int = 0, channel_axis: int = -1) -> Layer:
     Raises:
       ValueError: in `init_fn`, if an axis of unknown size (-1) is indexed.
 
-    >>> import jax
-    >>> from tangents import stax
-    >>> stax.Index(stax.Slice[:, 0, ::2])[0](jax.random.key(0), (-1, 5, 6, 3))[0]
-    (-1, 3, 3)
+    Examples:
+        >>> import jax
+        >>> from tangents import stax
+        >>> stax.Index(stax.Slice[:, 0, ::2])[0](jax.random.key(0), (-1, 5, 6, 3))[0]
+        (-1, 3, 3)
     """
     return Layer(IndexNode(make_index(idx), batch_axis, channel_axis))
