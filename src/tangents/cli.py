@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,8 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return demo.run(arguments)
     except KeyboardInterrupt:
-        print("\ntangents: interrupted; nothing was written.", file=sys.stderr)
-        return 130
+        print("\ntangents: interrupted; nothing was written.", file=sys.stderr, flush=True)
+        # A computation may still run on XLA's threads; the interpreter's own way out would take
+        # away what it works on, and crash now and then.
+        os._exit(130)
 
 
 if __name__ == "__main__":
