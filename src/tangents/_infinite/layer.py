@@ -81,7 +81,7 @@ def make_init_fn(node: Node) -> Callable[..., Any]:
         return node.init(rng, canonical_shape(input_shape))
 
     init_fn.node = node  # pyright: ignore[reportFunctionMemberAccess]
-    init_fn.__qualname__ = f"{node.name}.init_fn"
+    init_fn.__name__, init_fn.__qualname__ = node.name, f"{node.name}.init_fn"
     return init_fn
 
 
@@ -115,7 +115,7 @@ def make_apply_fn(node: Node) -> Callable[..., Any]:
         return join_masks(y, mask)
 
     apply_fn.node = node  # pyright: ignore[reportFunctionMemberAccess]
-    apply_fn.__qualname__ = f"{node.name}.apply_fn"
+    apply_fn.__name__, apply_fn.__qualname__ = node.name, f"{node.name}.apply_fn"
     return apply_fn
 
 
@@ -157,7 +157,7 @@ class KernelFn:
     def __init__(self, node: Node):
         """Own the graph of `node`."""
         self.node = node
-        self.__name__ = f"kernel_fn of {node.name}"
+        self.__name__ = node.name
 
     def __repr__(self):
         return f"<kernel_fn of {self.node.name}>"
