@@ -177,7 +177,7 @@ class Footprint:
             if use.activation is not None
         )
         total, largest = _values(analysis.plan)
-        probes = sum(math.prod(probe.shape) for probe in analysis.probes)
+        probes = sum(math.prod(p.shape) for p in analysis.live_probes.values())
         return cls(activations + total, probes, 3 * largest)
 
 

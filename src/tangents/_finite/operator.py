@@ -34,7 +34,7 @@ def ntk_operator(
     x2: PyTree | None = None,
     *,
     vmap_axes: VMapAxes = None,
-    implementation: NtkImplementation | int | str = NtkImplementation.JACOBIAN_CONTRACTION,
+    implementation: NtkImplementation | int | str = NtkImplementation.AUTO,
     precision: PrecisionLike = None,
     **apply_fn_kwargs: Any,
 ) -> NTKOperator:

@@ -40,7 +40,7 @@ def monte_carlo_kernel_fn(
     trace_axes: Axes = (-1,),
     diagonal_axes: Axes = (),
     vmap_axes: VMapAxes = None,
-    implementation: NtkImplementation | int | str = NtkImplementation.JACOBIAN_CONTRACTION,
+    implementation: NtkImplementation | int | str = NtkImplementation.AUTO,
     _j_rules: bool = True,
     _s_rules: bool = True,
     _fwd: bool | None = None,

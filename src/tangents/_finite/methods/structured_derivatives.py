@@ -22,8 +22,8 @@ from tangents._core.typing import Array
 from tangents._finite import cost
 from tangents._finite.cost import Extent, Footprint, Form
 from tangents._finite.problem import Problem
-from tangents._finite.structure import contraction
-from tangents._finite.structure.contraction import Factors, Layout
+from tangents._finite.structure import terms
+from tangents._finite.structure.contraction import Layout
 from tangents._finite.structure.passes import Passes, Traced
 
 
@@ -266,6 +266,14 @@ class LeafKernel:
         rows = rows.reshape(blocks.size, *rows.shape[2:])[: self.extent.examples1]
         return jnp.sum(rows, axis=0) if layout.sum_examples else rows
 
+    @property
+    def _mirrored(self) -> bool:
+        """Whether what is above the diagonal of examples will be copied from below it.
+
+        `PairAxes.symmetrise` does: it compares indices in the order of the output's axes.
+        """
+        return self.same and self.batch == 0 and not self.layout.same_examples
+
     def _block(
         self, examples1: Array | None, examples2: Array | None, layout: Layout | None = None
     ) -> Array:
@@ -275,12 +283,21 @@ class LeafKernel:
         # A diagonal block of a symmetric kernel is not known to be one inside a loop.
         shared = self.same and examples1 is examples2
         passes2 = passes1 if shared else Passes(self.side2, examples2, self.options.forward)
-        chunks = self.chunks
+        chunks, forms = self.chunks, list(self.forms.values())
 
         def kernel(seeds1: Array, seeds2: Array, same: bool) -> Array:
-            factors1 = passes1.factors(self.leaf, seeds1)
-            factors2 = factors1 if same else passes2.factors(self.leaf, seeds2)
-            return self._contract(factors1, factors2, layout, same)
+            mine = terms.SideTerms.of(
+                self.side1, passes1.factors(self.leaf, seeds1), self.dense, layout
+            )
+            if same and self._mirrored:
+                block = terms.lower_triangle(mine, forms, layout, passes1.size or 1)
+            else:
+                other = mine
+                if not same:
+                    factors2 = passes2.factors(self.leaf, seeds2)
+                    other = terms.SideTerms.of(self.side2, factors2, self.dense, layout)
+                block = terms.kernel(mine, other, forms, layout, symmetric=self.same)
+            return jnp.transpose(block, [layout.working.index(k) for k in layout.result])
 
         def over_traced(seeds1: Array, seeds2: Array, same: bool) -> Array:
             if chunks.traced >= self.extent.traced:
@@ -311,39 +328,6 @@ class LeafKernel:
 
         return over_outputs(jnp.asarray(self.seeds1.indices), jnp.asarray(self.seeds2.indices))
 
-    # The sum over weights.
-
-    def _contract(
-        self, factors1: list[Factors], factors2: list[Factors], layout: Layout, same: bool
-    ) -> Array:
-        """The kernel of factors, labels `layout.result`."""
-        total: Array | None = None
-        if self.dense:
-            gradients1 = _gradients(self.side1, factors1, self.dense, layout)
-            gradients2 = gradients1
-            if not same:
-                gradients2 = _gradients(self.side2, factors2, self.dense, layout)
-            for weight in sorted(set(gradients1) & set(gradients2)):
-                term = contraction.multiply(gradients1[weight], gradients2[weight], layout)
-                total = _plus(total, term)
-        for form in self.forms.values():
-            for i, j, name in form.pairs:
-                match = contraction.matched(factors1[i].use, factors2[j].use)
-                assert match is not None
-                product = contraction.gram if name == "gram" else contraction.crossed
-                term = product(factors1[i], factors2[j], match, layout)
-                total = _plus(total, term)
-                if self.same and i != j:
-                    if same:
-                        total = _plus(total, _transposed(term, layout))
-                    else:
-                        back = contraction.matched(factors1[j].use, factors2[i].use)
-                        assert back is not None
-                        total = _plus(total, product(factors1[j], factors2[i], back, layout))
-        if total is None:
-            raise AssertionError("a kernel without a term")
-        return total
-
     def _arrange(self, kernel: Array) -> Array:
         """From (examples, kept, outputs, outputs′) to the layout of `pair`; traces averaged."""
         pair, batch = self.pair, self.batch
@@ -361,25 +345,6 @@ class LeafKernel:
             where[batch] = list(range(count))
         order = [k for a in range(pair.ndim) if a not in pair.trace for k in where[a]]
         return jnp.transpose(kernel, order) / max(pair.trace_size(self.shape1), 1)
-
-
-def _plus(total: Array | None, term: Array) -> Array:
-    return term if total is None else total + term.astype(total.dtype)
-
-
-def _transposed(kernel: Array, layout: Layout) -> Array:
-    """The same kernel with its sides exchanged."""
-    names = list(layout.result)
-    other = {
-        contraction.OUTPUT1: contraction.OUTPUT2,
-        contraction.OUTPUT2: contraction.OUTPUT1,
-    }
-    if contraction.EXAMPLE2 in names:
-        other |= {
-            contraction.EXAMPLE1: contraction.EXAMPLE2,
-            contraction.EXAMPLE2: contraction.EXAMPLE1,
-        }
-    return jnp.transpose(kernel, [names.index(other.get(k, k)) for k in names])
 
 
 def _blocks(total: int, size: int) -> Array:
@@ -403,43 +368,3 @@ def _joined(rows: Array, axis: int, total: int) -> Array:
     rows = jnp.moveaxis(rows, 0, axis)
     shape = (*rows.shape[:axis], rows.shape[axis] * rows.shape[axis + 1], *rows.shape[axis + 2 :])
     return lax.slice_in_dim(rows.reshape(shape), 0, total, axis=axis)
-
-
-def _gradients(
-    side: Traced, factors: list[Factors], wanted: set[int], layout: Layout
-) -> dict[int, Array]:
-    """Per-example gradients of whole weights: (examples, traced, kept, output, entries)."""
-    roots = side.analysis.roots
-    by_root: dict[int, Array] = {}
-    for f in factors:
-        root = roots[f.use.root]
-        if not root.weights & wanted or 0 in root.shape:
-            continue
-        flat = contraction.to_root(contraction.gradient(f, layout), f.use, root)
-        known = by_root.get(f.use.root)
-        by_root[f.use.root] = flat if known is None else known + flat
-    computed = {k: g for k, g in by_root.items() if roots[k].ref is not None}
-    result = {k: g for k, g in by_root.items() if roots[k].ref is None}
-    if computed:
-        for weight, pulled in _pull_prologue(side, computed).items():
-            result[weight] = result[weight] + pulled if weight in result else pulled
-    return result
-
-
-def _pull_prologue(side: Traced, gradients: dict[int, Array]) -> dict[int, Array]:
-    """Gradients in computed roots as gradients in the weights they are computed from."""
-    roots = side.analysis.roots
-    values, pullback = jax.vjp(side.execution.prologue, list(side.problem.leaves))
-    lead = next(iter(gradients.values())).shape[:-1]
-
-    def pull(rows: dict[int, Array]) -> list[Array]:
-        full = {
-            k: rows[k].reshape(v.shape).astype(v.dtype) if k in rows else jnp.zeros_like(v)
-            for k, v in values.items()
-        }
-        return pullback(full)[0]
-
-    flat = {k: g.reshape(-1, g.shape[-1]) for k, g in gradients.items()}
-    pulled = jax.vmap(pull)(flat)
-    touched = {w for k in gradients for w in roots[k].weights}
-    return {w: pulled[w].reshape(*lead, -1) for w in touched}

@@ -8,6 +8,7 @@ right.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -184,6 +185,11 @@ class Analysis:
         kinds += [Data(False)] * (len(graph.inputs) - len(kinds))
         self.plan, _ = self._graph(graph, kinds, ())
 
+    @property
+    def live_probes(self) -> dict[int, Probe]:
+        """Probes that some use reads; others were merged with these."""
+        return {k: self.probes[k] for k in sorted({use.probe for use in self.uses})}
+
     def uses_of(self, weight: int) -> list[tuple[int, Use]]:
         """Uses of a weight, and of what is computed from it, with their numbers."""
         numbered = enumerate(self.uses)
@@ -220,7 +226,41 @@ class Analysis:
             outputs.append(kind)
         plan.probes = range(first_probe, len(self.probes))
         plan.uses = range(first_use, len(self.uses))
+        self._share_probes(plan)
         return plan, outputs
+
+    def _share_probes(self, plan: Plan) -> None:
+        """A product and the bias added to it have one cotangent: one probe serves both."""
+        readers = Counter(
+            atom.number
+            for atoms in (*(step.inputs for step in plan.graph.steps), plan.graph.outputs)
+            for atom in atoms
+            if not isinstance(atom, Constant)
+        )
+        by_output = {
+            step.outputs[0].number: action
+            for index, step in enumerate(plan.graph.steps)
+            if isinstance(action := plan.actions.get(index), Injection)
+        }
+        for index in sorted(plan.actions, reverse=True):
+            step, sum_ = plan.graph.steps[index], plan.actions[index]
+            if step.name not in ("add", "add_any") or not isinstance(sum_, Injection):
+                continue
+            for atom in step.inputs:
+                if isinstance(atom, Constant):
+                    continue
+                product = by_output.get(atom.number)
+                if (
+                    product is None
+                    or product.output is None
+                    or sum_.output is None
+                    or readers[atom.number] != 1
+                    or (atom.shape, atom.dtype) != (step.outputs[0].shape, step.outputs[0].dtype)
+                ):
+                    continue
+                for use, _ in product.kept:
+                    self.uses[use] = replace(self.uses[use], probe=sum_.output)
+                product.output = None
 
     def _data(self, step: Step, given: list[Kind]) -> list[Kind]:
         weighted = any(isinstance(kind, Data) and kind.weighted for kind in given)

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,9 @@ from tangents._finite.structure.views import contiguous, disjoint
 EXAMPLE1, EXAMPLE2, TRACED, KEPT, OUTPUT1, OUTPUT2 = range(6)
 SEEDS1, SEEDS2 = (TRACED, KEPT, OUTPUT1), (TRACED, KEPT, OUTPUT2)
 FIRST = 6
+
+Term = tuple[Array, tuple[int, ...]]
+"""An array and the labels of its axes."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,18 @@ class Layout:
         else:
             examples = (EXAMPLE1,) if self.same_examples else (EXAMPLE1, EXAMPLE2)
         return (*examples, KEPT, OUTPUT1, OUTPUT2)
+
+    @property
+    def working(self) -> tuple[int, ...]:
+        """The same labels in the order in which matrix products leave them."""
+        both = tuple(k for k in (EXAMPLE1, KEPT) if k in self.result and k in self._shared)
+        rest = [k for k in (EXAMPLE1, OUTPUT1, EXAMPLE2, OUTPUT2) if k in self.result]
+        return (*both, *(k for k in rest if k not in both))
+
+    @property
+    def _shared(self) -> tuple[int, ...]:
+        """Labels of both sides."""
+        return (EXAMPLE1, TRACED, KEPT) if self.same_examples else (TRACED, KEPT)
 
 
 @dataclass(frozen=True)
@@ -94,6 +110,16 @@ class Factors:
             return self.derivative
         return over_leading(prepare, self.derivative, self.mapped + 3 + self.use.loops)
 
+    def part(self, cut: Callable[[Array], Array]) -> Factors:
+        """Of some of the examples; what is expanded or prepared is so once, for all of them."""
+        kept = None if self.kept is None else cut(self.kept)
+        part = Factors(self.use, kept, cut(self.derivative), self.mapped)
+        equality = self.use.factored.equality
+        if self.activation is not None and not equality:
+            part.__dict__["activation"] = cut(self.activation)
+        part.__dict__["cotangent"] = cut(self.cotangent)
+        return part
+
 
 def over_leading(function, array: Array, count: int) -> Array:
     """`function` applied to each entry of the first `count` axes."""
@@ -102,18 +128,90 @@ def over_leading(function, array: Array, count: int) -> Array:
     return function(array)
 
 
-def contract(
-    operands: Sequence[tuple[Array, Sequence[int]]], result: Sequence[int], how: lax.Precision
-) -> Array:
-    """A sum of products over labels, accumulated in at least float32."""
+def contract(operands: Sequence[Term], result: Sequence[int], how: lax.Precision) -> Array:
+    """A sum of products of one or two arrays over labels, accumulated in at least float32."""
+    sizes = {k: n for array, labels in operands for k, n in zip(labels, array.shape, strict=True)}
+    array, labels = _merged(operands, result, how)
+    array = _ordered(array, labels, [k for k in result if sizes[k] != 1])
+    return array.reshape([sizes[k] for k in result])
+
+
+def _merged(operands: Sequence[Term], result: Collection[int], how: lax.Precision) -> Term:
+    """The same with labels in whatever order is cheapest, those of size one left out.
+
+    As one matrix product (or a batch of them, for labels that both arrays and the result have) of
+    arrays whose axes are merged: XLA's library products on a CPU want matrices, and axes of size
+    one between the others cost a copy each.
+    """
     dtype = operands[0][0].dtype
     for array, _ in operands[1:]:
         dtype = jnp.promote_types(dtype, array.dtype)
     dtype = precision.accumulator(dtype)
-    arguments: list = []
-    for array, labels in operands:
-        arguments += [array.astype(dtype), list(labels)]
-    return jnp.einsum(*arguments, list(result), precision=how, preferred_element_type=dtype)
+    terms = [_without_ones(array.astype(dtype), labels) for array, labels in operands]
+    if len(terms) == 1:
+        return _summed(*terms[0], result)
+    in_both = {*terms[0][1]} & {*terms[1][1]}
+    a, b = (_summed(*term, {*result, *in_both}) for term in terms)
+    return _product(a, b, tuple(result), how)
+
+
+def _without_ones(array: Array, labels: Sequence[int]) -> Term:
+    """The same array without axes of size one."""
+    kept = [(n, k) for n, k in zip(array.shape, labels, strict=True) if n != 1]
+    return array.reshape([n for n, _ in kept]), tuple(k for _, k in kept)
+
+
+def _summed(array: Array, labels: tuple[int, ...], keep: Collection[int]) -> Term:
+    """Labels that nothing else has are summed over."""
+    gone = tuple(axis for axis, k in enumerate(labels) if k not in keep)
+    if not gone:
+        return array, labels
+    return jnp.sum(array, axis=gone), tuple(k for k in labels if k in keep)
+
+
+def _ordered(array: Array, labels: tuple[int, ...], order: Sequence[int]) -> Array:
+    """Axes in another order."""
+    if labels == tuple(order):
+        return array
+    return jnp.transpose(array, [labels.index(k) for k in order])
+
+
+def _product(a: Term, b: Term, wanted: tuple[int, ...], how: lax.Precision) -> Term:
+    """A matrix product, or a product entry by entry where no label is summed over."""
+    (left, left_labels), (right, right_labels) = a, b
+    common = [k for k in left_labels if k in right_labels]
+    summed = [k for k in common if k not in wanted]
+    if not summed:
+        # In the order of the larger array: only the smaller one is spread out.
+        large, small = (a, b) if left.size >= right.size else (b, a)
+        names = (*large[1], *(k for k in small[1] if k not in large[1]))
+        if all(k in large[1] for k in small[1]):
+            return large[0] * spread(small, names), names
+        names = tuple(k for k in wanted if k in left_labels or k in right_labels)
+        return spread(a, names) * spread(b, names), names
+    batch = [k for k in common if k in wanted]
+    rows = [k for k in left_labels if k not in common]
+    columns = [k for k in right_labels if k not in common]
+    sizes = dict(zip(left_labels, left.shape)) | dict(zip(right_labels, right.shape))
+    volume = lambda labels: math.prod(sizes[k] for k in labels)
+
+    def matrices(array: Array, labels: tuple[int, ...], free: list[int]) -> tuple[Array, int]:
+        """(batch, free, summed) or (batch, summed, free), whichever needs no transposition."""
+        swapped = labels == (*batch, *summed, *free)
+        order = (*batch, *summed, *free) if swapped else (*batch, *free, *summed)
+        shape = [volume(summed), volume(free)] if swapped else [volume(free), volume(summed)]
+        lead = [volume(batch)] if batch else []
+        return _ordered(array, labels, order).reshape([*lead, *shape]), int(not swapped)
+
+    first, axis1 = matrices(left, left_labels, rows)
+    second, axis2 = matrices(right, right_labels, columns)
+    lead = 1 if batch else 0
+    numbers = (((lead + axis1,), (lead + axis2,)), ((0,), (0,)) if batch else ((), ()))
+    product = lax.dot_general(
+        first, second, numbers, precision=how, preferred_element_type=first.dtype
+    )
+    labels = (*batch, *rows, *columns)
+    return product.reshape([sizes[k] for k in labels]), labels
 
 
 def gradient(f: Factors, layout: Layout) -> Array:
@@ -164,7 +262,7 @@ def multiply(first: Array, second: Array, layout: Layout) -> Array:
             (first, (*layout.examples1, *SEEDS1, FIRST)),
             (second, (*layout.examples2, *SEEDS2, FIRST)),
         ],
-        layout.result,
+        layout.working,
         layout.precision,
     )
 
@@ -218,63 +316,85 @@ def label_pair(first: Use, second: Use, match: dict[int, int], layout: Layout) -
     )
 
 
-Term = tuple[Array, tuple[int, ...]]
+class Products:
+    """Terms of pairs of uses; what several of them have in common is computed once."""
 
+    def __init__(self, layout: Layout):
+        """For one block of a kernel."""
+        self.layout = layout
+        self._known: dict[Any, tuple[Term, Any]] = {}
 
-def gram(first: Factors, second: Factors, match: dict[int, int], layout: Layout) -> Array:
-    """The term of a pair of uses by products of activations and of cotangents."""
-    labels = label_pair(first.use, second.use, match, layout)
-    cotangents: list[Term] = [
-        (first.cotangent, labels.cotangent1),
-        (second.cotangent, labels.cotangent2),
-    ]
-    if first.use.factored.equality and second.use.factored.equality:
-        a, b = _equal(first, labels.activation1), _equal(second, labels.activation2)
-        names = (*a[1], *(k for k in b[1] if k not in a[1]))
-        same = _spread(a, names) == _spread(b, names)
-        present = _spread(a, names) >= 0
-        activations: list[Term] = [((same & present).astype(cotangents[0][0].dtype), names)]
-    else:
-        activations = [
-            (array, names)
-            for array, names in (
-                (first.activation, labels.activation1),
-                (second.activation, labels.activation2),
-            )
-            if array is not None
+    def gram(self, first: Factors, second: Factors, match: dict[int, int]) -> Array:
+        """The term of a pair of uses by products of activations and of cotangents."""
+        labels = label_pair(first.use, second.use, match, self.layout)
+        cotangents: list[Term] = [
+            (first.cotangent, labels.cotangent1),
+            (second.cotangent, labels.cotangent2),
         ]
-    return _two_products(activations, cotangents, layout)
+        if first.use.factored.equality and second.use.factored.equality:
+            a, b = _equal(first, labels.activation1), _equal(second, labels.activation2)
+            names = (*a[1], *(k for k in b[1] if k not in a[1]))
+            same = spread(a, names) == spread(b, names)
+            present = spread(a, names) >= 0
+            activations: list[Term] = [((same & present).astype(cotangents[0][0].dtype), names)]
+        else:
+            activations = [
+                (array, names)
+                for array, names in (
+                    (first.activation, labels.activation1),
+                    (second.activation, labels.activation2),
+                )
+                if array is not None
+            ]
+        return self._two_products(activations, cotangents)
 
+    def crossed(self, first: Factors, second: Factors, match: dict[int, int]) -> Array:
+        """The same by products of each activation with the other side's cotangent.
 
-def crossed(first: Factors, second: Factors, match: dict[int, int], layout: Layout) -> Array:
-    """The same by products of each activation with the other side's cotangent.
+        For uses in different places: a table read by its rows and multiplied by as a matrix.
+        """
+        labels = label_pair(first.use, second.use, match, self.layout)
+        one: list[Term] = [(second.cotangent, labels.cotangent2)]
+        two: list[Term] = [(first.cotangent, labels.cotangent1)]
+        if first.activation is not None:
+            one.insert(0, (first.activation, labels.activation1))
+        if second.activation is not None:
+            two.insert(0, (second.activation, labels.activation2))
+        return self._two_products(one, two)
 
-    For uses in different places: a table read by its rows and multiplied by as a matrix.
-    """
-    labels = label_pair(first.use, second.use, match, layout)
-    one: list[Term] = [(second.cotangent, labels.cotangent2)]
-    two: list[Term] = [(first.cotangent, labels.cotangent1)]
-    if first.activation is not None:
-        one.insert(0, (first.activation, labels.activation1))
-    if second.activation is not None:
-        two.insert(0, (second.activation, labels.activation2))
-    return _two_products(one, two, layout)
+    def _two_products(self, one: list[Term], two: list[Term]) -> Array:
+        """Contract `one`, contract `two`, and the two results."""
+        names = [{k for _, labels in group for k in labels} for group in (one, two)]
+        wanted = self.layout.working
+        results: list[Term] = []
+        for group, others in ((one, names[1]), (two, names[0])):
+            if group:
+                keep = {k for _, labels in group for k in labels if k in others or k in wanted}
+                results.append(self._once(group, keep))
+        array, labels = _merged(results, wanted, self.layout.precision)
+        sizes = {k: n for t, own in (*one, *two) for k, n in zip(own, t.shape, strict=True)}
+        array = _ordered(array, labels, [k for k in wanted if sizes[k] != 1])
+        return array.reshape([sizes[k] for k in wanted])
 
-
-def _two_products(one: list[Term], two: list[Term], layout: Layout) -> Array:
-    """Contract `one`, contract `two`, and the two results."""
-    names = [{k for _, labels in group for k in labels} for group in (one, two)]
-    results: list[Term] = []
-    for group, others in ((one, names[1]), (two, names[0])):
-        if not group:
-            continue
-        keep = tuple(
-            dict.fromkeys(
-                k for _, labels in group for k in labels if k in others or k in layout.result
-            )
+    def _once(self, group: list[Term], keep: set[int]) -> Term:
+        """A product that is known is not computed again: a weight's and its bias's cotangents."""
+        terms = [
+            ([k for k, n in zip(labels, array.shape, strict=True) if n != 1], array)
+            for array, labels in group
+        ]
+        order = {k: i for i, k in enumerate(dict.fromkeys(k for own, _ in terms for k in own))}
+        key = (
+            *(id(array) for _, array in terms),
+            *(tuple(order[k] for k in own) for own, _ in terms),
+            tuple(sorted(order[k] for k in keep if k in order)),
         )
-        results.append((contract(group, keep, layout.precision), keep))
-    return contract(results, layout.result, layout.precision)
+        if key not in self._known:
+            array, labels = _merged(group, sorted(keep), self.layout.precision)
+            # The arrays of the key are kept alive with it: an id is theirs as long as they live.
+            self._known[key] = (array, tuple(order[k] for k in labels)), group
+        (array, places), _ = self._known[key]
+        own = list(order)
+        return array, tuple(own[i] for i in places)
 
 
 def _equal(factors: Factors, labels: tuple[int, ...]) -> Term:
@@ -283,7 +403,7 @@ def _equal(factors: Factors, labels: tuple[int, ...]) -> Term:
     return factors.kept, labels[:-1]
 
 
-def _spread(term: Term, labels: tuple[int, ...]) -> Array:
+def spread(term: Term, labels: tuple[int, ...]) -> Array:
     """An array with axes of size one for the labels it lacks."""
     array, own = term
     order = sorted(range(len(own)), key=lambda k: labels.index(own[k]))

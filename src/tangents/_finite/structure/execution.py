@@ -121,7 +121,7 @@ class Execution:
             ]
             return carry, (outputs[carried:], own_kept)
 
-        own = {probe: probes[probe] for probe in body.probes}
+        own = {probe: probes[probe] for probe in body.probes if probe in probes}
         carry, (ys, own_kept) = lax.scan(
             at_one_time,
             start,
@@ -148,7 +148,7 @@ class Execution:
             own_kept: Kept = {}
             return self._run(branch, values, below, own, own_kept), own_kept
 
-        owns = [{probe: probes[probe] for probe in branch.probes} for branch in action.branches]
+        owns = [{k: probes[k] for k in branch.probes if k in probes} for branch in action.branches]
         shapes: dict[int, Any] = {}
         for branch, own in zip(action.branches, owns, strict=True):
             shapes |= jax.eval_shape(lambda o, v, b=branch: run(b, o, v), own, operands)[1]

@@ -159,8 +159,13 @@ def _is_opened(name: str) -> bool:
 
 def loop_counts(step: Step) -> tuple[int, int]:
     """Numbers of constants and of carried values of a `scan`."""
-    if "num_consts" in step.params:
-        return step.params["num_consts"], step.params["num_carry"]
-    groups = step.params["ft_in"].update(range(len(step.inputs))).unpack()
+    return loop_sizes(step, len(step.inputs))
+
+
+def loop_sizes(equation: Any, inputs: int) -> tuple[int, int]:
+    """The same of an equation with so many inputs."""
+    if "num_consts" in equation.params:
+        return equation.params["num_consts"], equation.params["num_carry"]
+    groups = equation.params["ft_in"].update(range(inputs)).unpack()
     constants, carried, _ = (len(list(group)) for group in groups)
     return constants, carried

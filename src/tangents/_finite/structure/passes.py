@@ -103,7 +103,7 @@ class Passes:
         lead = (self.size,) if traced.mapped else ()
         zeros = {
             k: jnp.zeros((*lead, *probe.shape), probe.dtype)
-            for k, probe in enumerate(traced.analysis.probes)
+            for k, probe in traced.analysis.live_probes.items()
         }
         passes = lambda probes: batched(probes, arrays, kwargs)
         if forward:
