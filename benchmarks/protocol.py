@@ -17,6 +17,7 @@ METRICS: Mapping[str, str] = {
     "over_forward": "at most",  # CPU time of this package / of the workload's forward pass
     "peak_over_baseline": "at most",  # peak memory of this package / of `Case.memory_baseline`
     "seconds": "at most",  # CPU seconds of one call of this package
+    "wall_seconds": "at most",  # wall seconds of one call of this package
     "peak_mib": "at most",  # peak memory of this package, steady call
 }
 

@@ -49,6 +49,7 @@ NAMES = {
     "over_forward": "× forward",
     "peak_over_baseline": "memory, × baseline",
     "seconds": "seconds",
+    "wall_seconds": "wall seconds",
     "peak_mib": "peak MiB",
 }
 

@@ -59,7 +59,8 @@ def get_apply_fn_and_params(
         `(apply_fn, params)`. `apply_fn(params, x)` is a JAX function in evaluation mode: it takes
         arrays of JAX, NumPy or TensorFlow, and JAX can transform it. `params` holds TensorFlow
         tensors in nested dictionaries, with the variables' names as paths
-        (`params["dense"]["kernel"]`); variables that are not in it keep the value they have now.
+        (`params["dense"]["kernel"]`, as in Keras's `variable.path`); variables that are not in it
+        keep the value they have now.
 
     Raises:
         ValueError: if the model is not built and there is no example input.

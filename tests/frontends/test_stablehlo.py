@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -186,6 +188,75 @@ def test_a_loop_that_depends_on_data_runs_forward(arrays, rtol):
     np.testing.assert_allclose(again(w, x), f(w, x), rtol=rtol)
     tangent = lambda function: jax.jvp(lambda w: function(w, x), (w,), (jnp.ones_like(w),))[1]
     np.testing.assert_allclose(tangent(again), tangent(f), rtol=rtol)
+
+
+def test_a_loop_that_depends_on_data_has_no_reverse_mode_and_says_so(arrays):
+    def f(w):
+        return lax.while_loop(lambda y: jnp.sum(y) < 10, lambda y: y + jnp.abs(w), jnp.abs(w))
+
+    again = read_back(f, arrays[0])
+    with pytest.raises(NotImplementedError, match=r"loop stablehlo.while.*maximum_iterations="):
+        jax.grad(lambda w: again(w).sum())(arrays[0])
+
+
+@pytest.mark.parametrize("most", [0, 1, 6, 100])
+def test_a_loop_with_a_known_most_stops_by_itself(most, arrays, rtol):
+    w = jnp.abs(arrays[0])
+
+    def f(w):  # also carries a counter of its own, and reads what the first condition has
+        def goes_on(state):
+            steps, _, y = state
+            return (steps < most) & (jnp.sum(y) < 40)
+
+        def step(state):
+            steps, odd, y = state
+            return steps + 1, odd + 2, y * (1 + jnp.sin(w)) + odd
+
+        _, odd, y = lax.while_loop(goes_on, step, (0, 1, w))
+        return y * odd
+
+    def unrolled(w):
+        odd, y = 1, w
+        for _ in range(most):
+            if not jnp.sum(lax.stop_gradient(y)) < 40:
+                break
+            odd, y = odd + 2, y * (1 + jnp.sin(w)) + odd
+        return y * odd
+
+    with jax.numpy_dtype_promotion("standard"):
+        again = read_back(f, w)
+        np.testing.assert_allclose(again(w), f(w), rtol=rtol)
+        along = lambda function: jax.vjp(function, w)[1](jnp.cos(w))[0]
+        np.testing.assert_allclose(along(again), along(unrolled), rtol=rtol)
+        np.testing.assert_allclose(jax.vmap(again)(w[None])[0], f(w), rtol=rtol)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("exclusive", [0, 1])
+@pytest.mark.parametrize(
+    ("monoid", "start"), [(lax.mul, 1), (lax.add, 0), (lax.max, -np.inf), (lax.min, np.inf)]
+)
+def test_windows_from_one_end_are_cumulative(monoid, start, exclusive, reverse, arrays, rtol):
+    w = arrays[0].at[2, 1].set(0.0)
+    padding = (0, 2 + exclusive) if reverse else (2 + exclusive, 0)
+
+    def windows(w):
+        return lax.reduce_window(
+            w, np.asarray(start, w.dtype), monoid, (1, 3), (1, 1), [(0, 0), padding]
+        )
+
+    def obvious(w):
+        columns = list(w.T[::-1] if reverse else w.T)
+        results = [jnp.full_like(columns[0], start)] * exclusive
+        for i in range(3):
+            results.append(functools.reduce(monoid, columns[: i + 1]))
+        return jnp.stack(results[::-1] if reverse else results, 1)
+
+    again = read_back(windows, w)
+    np.testing.assert_allclose(again(w), obvious(w), rtol=rtol)
+    cotangent = jnp.cos(jnp.arange(obvious(w).size, dtype=w.dtype)).reshape(obvious(w).shape)
+    along = lambda function: jax.vjp(function, w)[1](cotangent)[0]
+    np.testing.assert_allclose(along(again), along(obvious), rtol=rtol, atol=rtol)
 
 
 def test_ties_of_maximum_go_to_the_first_operand():

@@ -7,6 +7,7 @@ also where layers are shared or frozen. On the TensorFlow backend it is lowered 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -54,8 +55,10 @@ def convert_with_variables(
         for i, variable in enumerate(own)
     ]
 
+    mode = {"training": False} if _knows_training(model) else {}
+
     def call(values: list[Any], x: PyTree) -> PyTree:
-        outputs, _ = model.stateless_call(values[:split], values[split:], x, training=False)
+        outputs, _ = model.stateless_call(values[:split], values[split:], x, **mode)
         return outputs
 
     if backend == "jax":
@@ -64,6 +67,12 @@ def convert_with_variables(
         apply_fn, names = apply_function(call, variables, caller=f"Keras model {model.name!r}")
     kept = [variable for variable, entry in zip(own, variables, strict=True) if entry.parameter]
     return apply_fn, names, kept
+
+
+def _knows_training(model: Any) -> bool:
+    """Whether the model's call can be told the mode; without, its layers are in evaluation mode."""
+    parameters = inspect.signature(model.call).parameters.values()
+    return any(p.name == "training" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _build(model: Any, example_input: PyTree | None) -> None:

@@ -139,6 +139,20 @@ class Plan:
     probes: range = range(0)
     """Probes inside."""
     uses: range = range(0)
+    data: frozenset[int] = frozenset()
+    """Values that depend on an input."""
+
+    def is_data(self, atom: Atom) -> bool:
+        """Whether a value depends on an input."""
+        return not isinstance(atom, Constant) and atom.number in self.data
+
+    def uses_at(self, index: int) -> list[int]:
+        """Uses of a step."""
+        action = self.actions.get(index)
+        if action is None:
+            return []
+        kept = [use for use, _ in action.kept] if isinstance(action, Injection) else []
+        return kept + list(action.whole.values())
 
 
 class _NoFactors(Exception):
@@ -224,6 +238,7 @@ class Analysis:
                 )
                 kind = Data(True)
             outputs.append(kind)
+        plan.data = frozenset(number for number, kind in kinds.items() if isinstance(kind, Data))
         plan.probes = range(first_probe, len(self.probes))
         plan.uses = range(first_use, len(self.uses))
         self._share_probes(plan)
@@ -265,12 +280,16 @@ class Analysis:
     def _data(self, step: Step, given: list[Kind]) -> list[Kind]:
         weighted = any(isinstance(kind, Data) and kind.weighted for kind in given)
         if weighted and step.name == "while":
-            self._refuse_while()
+            self._refuse_while(step)
         if all(kind is None for kind in given):
             return [None] * len(step.outputs)
         return [Data(weighted)] * len(step.outputs)
 
-    def _refuse_while(self):
+    def _refuse_while(self, step: Step):
+        body = getattr(step.params["body_jaxpr"], "jaxpr", step.params["body_jaxpr"])
+        for equation in body.eqns:
+            if equation.primitive.name == "forward_only":  # a frontend knows which loop it is
+                raise NotImplementedError(f"{self.caller}: {equation.params['message']}")
         raise NotImplementedError(
             f"{self.caller}: f(params, x) has a `while` loop between its parameters and its output "
             "(lax.while_loop, or lax.fori_loop with bounds that are not Python integers), which "
@@ -300,7 +319,7 @@ class Analysis:
             if view.entry >= 0:
                 raise _NoFactors(view.entry, f"`{step.name}` before it meets data, inside a loop")
         if step.name == "while":
-            self._refuse_while()
+            self._refuse_while(step)
         above = [self.roots[view.root] for view in viewed.values()]
         weights = frozenset().union(*(root.weights for root in above))
         results: list[Kind] = []
@@ -315,7 +334,7 @@ class Analysis:
     ) -> list[Kind]:
         """A step that joins weights and data."""
         if step.name == "while":
-            self._refuse_while()
+            self._refuse_while(step)
         if step.name == "scan" and self.factor:
             return self._loop(plan, index, step, given, loops)
         if step.name == "cond" and self.factor:

@@ -4,7 +4,9 @@ A loop whose condition depends on counters with known values (not on data) runs 
 times: it becomes `lax.scan`, which has a reverse mode. What the body hands through unchanged is
 closed over; counters become inputs of each step; rows read from a fixed array at a counter are
 sliced beforehand, and rows written at a counter are stacked afterwards, so that the loop looks like
-one written in JAX. Any other loop becomes `lax.while_loop`, which has a forward mode only.
+one written in JAX. A loop that also asks about data, but counts to a known most (the
+`maximum_iterations` of `tf.while_loop`), scans that many steps and does nothing after it has ended.
+Any other loop becomes `lax.while_loop`, which has a forward mode only.
 """
 
 from __future__ import annotations
@@ -16,7 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from tangents.frontends.stablehlo.evaluation import Machine, Value, can_fold, is_known, rule
+from tangents.frontends.stablehlo.evaluation import (
+    Machine,
+    Value,
+    can_fold,
+    describe,
+    is_known,
+    rule,
+)
+from tangents.frontends.stablehlo.forward_only import forward_only
 from tangents.frontends.stablehlo.program import Operation, Region, free, restricted
 
 _MOST_STEPS = 1_000_000  # a loop that is simulated longer than this is left to run as `while`
@@ -60,15 +70,45 @@ def while_(op: Operation, operands: list[Value], machine: Machine) -> list[Value
     outer = machine.outer
     loop = _Loop.of(condition, body, operands, machine)
     if loop is not None:
+        loop.find_reads()
+        loop.find_writes()
         return loop.scan(machine)
-    state = tuple(jnp.asarray(value) for value in operands)
-    return list(
-        lax.while_loop(
-            lambda carried: jnp.asarray(machine.run(condition, carried, outer)[0]),
-            lambda carried: tuple(_as_jax(machine.run(body, carried, outer))),
-            state,
-        )
+    for part in _conjuncts(condition):
+        loop = _Loop.of(part, body, operands, machine)
+        if loop is not None:
+            return loop.scan_until(condition, machine)
+    message = (
+        f"the number of steps of the loop {describe(op)} depends on data, so it has no reverse "
+        "mode, and no tangent kernel. Give the loop a most (maximum_iterations= of tf.while_loop, "
+        "or a tf.range of known length), or differentiate in forward mode (jax.jvp, jax.jacfwd)."
     )
+
+    # JAX meets the mark behind the loop first, a walk over its steps the one inside.
+    def marked(values: list[Any]) -> list[Any]:
+        return [forward_only(value, message) for value in values]
+
+    results = lax.while_loop(
+        lambda carried: jnp.asarray(machine.run(condition, carried, outer)[0]),
+        lambda carried: tuple(marked(_as_jax(machine.run(body, carried, outer)))),
+        tuple(_as_jax(operands)),
+    )
+    return marked(list(results))
+
+
+def _conjuncts(condition: Region) -> list[Region]:
+    """The conditions of which a loop's condition is the conjunction; none if it is not one."""
+    by_result = {result: op for op in condition.operations for result in op.results}
+    found, waiting = [], list(condition.returns)
+    while waiting:
+        value = waiting.pop()
+        op = by_result.get(value)
+        if op is not None and op.name == "stablehlo.and":
+            waiting += op.operands
+        elif (value,) != condition.returns:
+            found.append(
+                Region(condition.arguments, condition.types, condition.operations, (value,))
+            )
+    return found
 
 
 def _as_jax(values: list[Value]) -> list[Any]:
@@ -122,14 +162,12 @@ class _Loop:
         if simulated is None:
             return None
         counters, sequences, steps = simulated
-        loop = cls(body, initial, outer, invariants, counters, sequences, steps)
-        if steps > 1:
-            loop.find_reads()
-            loop.find_writes()
-        return loop
+        return cls(body, initial, outer, invariants, counters, sequences, steps)
 
     def find_reads(self) -> None:
         """Rows of an array from outside the loop, at a known position in each step."""
+        if self.steps < 2:
+            return
         fixed = {self.body.arguments[i]: self.initial[i] for i in self.invariants}
         fixed.update((value, self.outer[value]) for value in self.outer)
         for op in self.body.operations:
@@ -142,6 +180,8 @@ class _Loop:
 
     def find_writes(self) -> None:
         """Carried arrays of which each step only replaces a row of its own."""
+        if self.steps < 2:
+            return
         for i, value in enumerate(self.body.arguments):
             users = [op for op in self.body.operations if value in _reads(op)]
             if i in self.invariants or len(users) != 1:
@@ -214,6 +254,37 @@ class _Loop:
             state, rows = lax.scan(step, state, (counters, self.reads), length=self.steps)
             for (i, (_, places)), updates in zip(self.writes.items(), rows, strict=True):
                 final[i] = _put(self.initial[i], places, updates[:, 0])
+        for i, value in zip(carried, state, strict=True):
+            final[i] = value
+        return final
+
+    def scan_until(self, condition: Region, machine: Machine) -> list[Value]:
+        """What the loop carries when `condition` first fails, which is after `steps` at the latest.
+
+        The steps after that hand on what there is.
+        """
+        carried = sorted(set(range(len(self.initial))) - self.invariants - set(self.counters))
+        body, _ = restricted(self.body, tuple(self.body.returns[i] for i in carried))
+
+        def step(state: tuple, counters: dict[int, Any]) -> tuple[tuple, None]:
+            goes_on, taken, before = state
+            values = list(self.initial)
+            for i, value in {**dict(zip(carried, before, strict=True)), **counters}.items():
+                values[i] = value
+            (asked,) = _as_jax(machine.run(condition, values, self.outer))
+            goes_on = jnp.logical_and(goes_on, asked)
+            after = lax.cond(
+                goes_on, lambda: _as_jax(machine.run(body, values, self.outer)), lambda: before
+            )
+            return (goes_on, taken + goes_on.astype(taken.dtype), after), None
+
+        first = (jnp.asarray(True), jnp.asarray(0, jnp.int32))
+        state = (*first, _as_jax([self.initial[i] for i in carried]))
+        inputs = {i: values[:-1] for i, values in self.counters.items()}
+        (_, taken, state), _ = lax.scan(step, state, inputs, length=self.steps)
+        final = list(self.initial)
+        for i, values in self.counters.items():
+            final[i] = jnp.asarray(values)[taken]
         for i, value in zip(carried, state, strict=True):
             final[i] = value
         return final

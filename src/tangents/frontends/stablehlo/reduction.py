@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -107,9 +108,9 @@ def reduce(op: Operation, operands: list[Value], machine: Machine) -> list[Value
 @rule("reduce_window")
 def reduce_window(op: Operation, operands: list[Value], machine: Machine) -> list[Value]:
     """Pooling: a reduction over a window at every position."""
+    if len(operands) != 2:
+        raise UnsupportedOperation(f"{describe(op)} of several arrays")
     name = monoid(op.regions[0])
-    if name is None or len(operands) != 2:
-        raise UnsupportedOperation(f"{describe(op)} with a reduction of its own")
     array, init = operands
     rank = array.ndim
     ones = np.ones(rank, int)
@@ -118,18 +119,70 @@ def reduce_window(op: Operation, operands: list[Value], machine: Machine) -> lis
         return tuple(int(n) for n in op.attributes.get(key, ones))
 
     padding = np.asarray(op.attributes.get("padding", np.zeros((rank, 2), int))).reshape(rank, 2)
+    window = along("window_dimensions")
+    steps = [along(key) for key in ("window_strides", "base_dilations", "window_dilations")]
+    axis = _cumulative_axis(array.shape, window, steps, padding)
+    if name is None:
+        if axis is None:
+            raise UnsupportedOperation(f"{describe(op)} with a reduction of its own")
+        scan = functools.partial(lax.associative_scan, _elementwise(op.regions[0], machine))
+        return [_cumulative(scan, jnp.asarray(array), init, axis, padding[axis])]
     combine, start, after = _start(name, init, array.dtype)
-    result = lax.reduce_window(
-        jnp.asarray(array),
-        start,
-        combine,
-        along("window_dimensions"),
-        along("window_strides"),
-        [(int(low), int(high)) for low, high in padding],
-        along("base_dilations"),
-        along("window_dilations"),
-    )
+    if axis is not None and name in _CUMULATIVE:
+        result = _cumulative(_CUMULATIVE[name], jnp.asarray(array), start, axis, padding[axis])
+    else:
+        strides, *dilations = steps
+        pairs = [(int(low), int(high)) for low, high in padding]
+        result = lax.reduce_window(
+            jnp.asarray(array), start, combine, window, strides, pairs, *dilations
+        )
     return [result if after is None else combine(result, jnp.full_like(result, after))]
+
+
+# A product over windows has no derivative in JAX, a cumulative product has one.
+_CUMULATIVE = {
+    "stablehlo.add": lax.cumsum,
+    "stablehlo.multiply": lax.cumprod,
+    "stablehlo.maximum": lax.cummax,
+    "stablehlo.minimum": lax.cummin,
+}
+
+
+def _elementwise(region: Region, machine: Machine) -> Callable[[Any, Any], Any]:
+    """A region of two scalars, on arrays."""
+    outer = machine.outer
+    scalars = lambda left, right: jnp.asarray(machine.run(region, [left, right], outer)[0])
+
+    def on_arrays(left: Any, right: Any) -> Any:
+        return jax.vmap(scalars)(left.ravel(), right.ravel()).reshape(left.shape)
+
+    return on_arrays
+
+
+def _cumulative_axis(
+    shape: tuple[int, ...], window: tuple[int, ...], steps: list[tuple], padding: np.ndarray
+) -> int | None:
+    """The axis along which windows reach from one end of the array, if they do nothing else."""
+    if any(step != 1 for along in steps for step in along):
+        return None
+    axes = [i for i in range(len(shape)) if window[i] != 1 or padding[i].any()]
+    if len(axes) != 1:
+        return None
+    (axis,) = axes
+    ends = sorted(int(width) for width in padding[axis])
+    return (
+        axis if window[axis] == shape[axis] and ends[0] == 0 <= shape[axis] - 1 <= ends[1] else None
+    )
+
+
+def _cumulative(
+    function: Callable[..., Any], array: Any, start: Any, axis: int, padding: np.ndarray
+) -> Any:
+    low, high = (int(width) for width in padding)
+    more = max(low, high) - array.shape[axis] + 1  # results before any element: exclusive ones
+    edges = [(0, 0, 0)] * array.ndim
+    edges[axis] = (more, 0, 0) if low >= high else (0, more, 0)
+    return function(lax.pad(array, start, edges), axis=axis, reverse=high > low)
 
 
 @rule("sort")

@@ -98,7 +98,10 @@ def _differentiable(function: Callable[..., tuple]) -> Callable[..., tuple]:
     import tensorflow as tf
 
     @tf.custom_gradient
-    def run(*tensors: Any) -> tuple[tuple, Callable[..., Any]]:
+    def run(*given: Any) -> tuple[tuple, Callable[..., Any]]:
+        # The graph of a gradient captures the tensors of the one before it, and only that one's:
+        # each graph needs names of its own for the gradient of the gradient.
+        tensors = tuple(tf.identity(tensor) for tensor in given)
         outputs = _convert(function, tensors)
 
         def gradient(*cotangents: Any, variables: Any = None) -> Any:
