@@ -51,6 +51,7 @@ $(TF_STAMP): pyproject.toml $(TF_CONSTRAINTS)
 
 test-tensorflow: $(TF_STAMP)
 	$(TF_VENV)/bin/python -m pytest -m "not slow" -n $(PYTEST_WORKERS) tests/frontends
+	$(TF_VENV)/bin/python -m pytest -k "kernel/mlp or kernel/cnn or first_call/mlp/auto" tests/test_benchmarks.py
 	$(TF_VENV)/bin/python -m pytest docs/tensorflow.md -p no:cacheprovider
 	set -e; for f in $(wildcard examples/tensorflow_*.py); do echo "== $$f"; $(TF_VENV)/bin/python $$f; done
 
