@@ -145,6 +145,101 @@ def test_a_tape_differentiates_the_kernel(model, inputs):
     np.testing.assert_allclose(found[3][1, 0], slope, rtol=1e-6)
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_two_tapes_take_the_second_derivative(model, inputs, inside):
+    kernel_fn = experimental.empirical_ntk_fn_tf(model, vmap_axes=0)
+    x1, x2 = inputs
+    weights = model.trainable_variables
+
+    def slopes(x):
+        """The gradient of the kernel's sum of squares, in the input and in a weight."""
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            total = tf.reduce_sum(kernel_fn(x, x2, weights) ** 2)
+        return tape.gradient(total, [x, weights[2].value])
+
+    def second(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            by_input, by_weight = slopes(x)
+            total = tf.reduce_sum(tf.sin(by_input)) + tf.reduce_sum(tf.sin(by_weight))
+        return tape.gradient(total, x)
+
+    found = (tf.function(second) if inside else second)(x1)
+    step = 1e-5
+    move = np.zeros((3, 3))
+    move[1, 2] = step
+    totals = [
+        sum(np.sin(slope).sum() for slope in slopes(tf.constant(x1 + sign * move)))
+        for sign in (1, -1)
+    ]
+    np.testing.assert_allclose(found[1, 2], (totals[0] - totals[1]) / (2 * step), rtol=1e-6)
+
+
+def test_tokens_and_several_outputs():
+    """Inputs without a gradient, in a dictionary; a list of outputs gives a list of kernels."""
+    floating = {"dtype": "float64"}
+    tokens = keras.Input((4,), dtype="int32", name="tokens")
+    x = keras.Input((3,), name="x", **floating)
+    pooled = L.GlobalAveragePooling1D(**floating)(L.Embedding(5, 3, **floating)(tokens))
+    product = L.Multiply(**floating)([pooled, x])
+    outputs = [L.Dense(2, **floating)(product), L.Dense(1, **floating)(product)]
+    model = keras.Model({"tokens": tokens, "x": x}, outputs)
+    rng = np.random.default_rng(0)
+    given = {
+        "tokens": tf.constant(rng.integers(0, 5, size=(3, 4)), tf.int32),
+        "x": tf.constant(rng.normal(size=(3, 3))),
+    }
+    weights = model.trainable_variables
+    kernel_fn = experimental.empirical_ntk_fn_tf(model)
+    with tf.GradientTape() as tape:
+        kernels = kernel_fn(given, None, weights)
+        total = tf.reduce_sum(kernels[0])
+    assert [kernel.shape for kernel in kernels] == [(3, 3), (3, 3)]
+    for i, kernel in enumerate(kernels):
+        connected = [weights[0], *weights[1 + 2 * i : 3 + 2 * i]]
+        theirs = gradient_tape.ntk(lambda x, i=i: model(x)[i], connected, given, given)
+        np.testing.assert_allclose(kernel, theirs, rtol=1e-8)
+    found = tape.gradient(total, weights)
+    # The kernel is a sum of quadratic forms in table and kernel of the head, apart from the bias's.
+    names = [variable.path.split("/")[-1] for variable in weights]
+    moving = [n for n, g in zip(names, found, strict=True) if g is not None and np.any(g)]
+    assert moving == ["embeddings", "kernel"]
+    twice = [2 * v if g is not None else v for v, g in zip(weights, found, strict=True)]
+    slope = sum(tf.reduce_sum(g * v) for g, v in zip(found, weights, strict=True) if g is not None)
+    bias = 9.0
+    np.testing.assert_allclose(
+        tf.reduce_sum(kernel_fn(given, None, twice)[0]) - bias, 4 * (total - bias), rtol=1e-8
+    )
+    np.testing.assert_allclose(slope, 2 * (total - bias), rtol=1e-8)
+
+
+def test_options_of_the_jax_function(model, inputs, expected):
+    kernel_fn = experimental.empirical_ntk_fn_tf(model, memory="1MiB", precision="highest")
+    np.testing.assert_allclose(kernel_fn(*inputs, model.trainable_variables), expected, rtol=1e-8)
+    tiny = experimental.empirical_ntk_fn_tf(model, memory=1)
+    with pytest.raises(ValueError, match=r"memory"):
+        tiny(*inputs, model.trainable_variables)
+
+
+def test_a_model_that_is_not_built_takes_an_example(inputs):
+    class Late(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.head = L.Dense(2, dtype="float64")
+
+        def call(self, x):
+            return self.head(x)
+
+    x1, x2 = inputs
+    with pytest.raises(ValueError, match=r"not built.*example_input="):
+        experimental.empirical_ntk_fn_tf(Late())
+    model = Late()
+    kernel_fn = experimental.empirical_ntk_fn_tf(model, example_input=x1)
+    kernel = kernel_fn(x1, x2, model.trainable_variables)
+    np.testing.assert_allclose(kernel, np.asarray(x1) @ np.asarray(x2).T + 1, rtol=1e-8)
+
+
 def test_nngp_and_both(model, inputs, expected):
     x1, x2 = inputs
     params = model.trainable_variables
