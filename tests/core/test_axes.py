@@ -52,3 +52,8 @@ def test_different_sizes():
     assert axes.kernel_shape((4, 2), (3, 2)) == (4, 3)
     with pytest.raises(ValueError, match=r"size 4 .* size 3"):
         PairAxes.of((4, 2), (3, 2), (), (0,), caller="test")
+
+
+def test_an_axis_named_twice_counts_once():
+    twice = PairAxes.of((2, 3), (2, 3), (0, -2, 0), (1, -1), caller="test")
+    assert twice == PairAxes.of((2, 3), (2, 3), (0,), (1,), caller="test")

@@ -16,7 +16,6 @@ CASES = [
         r"empirical_ntk_fn: trace_axes=\(2,\) is out of range: f\(params, x1\) has shape "
         r"\(8, 10\), so its axes are 0 and 1 \(or -2, -1\)\.",
     ),
-    ({"trace_axes": (-1, 1)}, r"trace_axes=\(-1, 1\) names an axis twice"),
     (
         {"trace_axes": (-1,), "diagonal_axes": (1,)},
         r"axis 1 is in both trace_axes=\(1,\) and diagonal_axes=\(1,\)",

@@ -20,7 +20,7 @@ from tangents._core.typing import Array, Axes
 
 
 def canonical(axes: Axes, shape: Sequence[int], *, caller: str, argument: str) -> tuple[int, ...]:
-    """Sorted non-negative axes, or an error that says which axes there are."""
+    """Sorted non-negative axes, each once, or an error that says which axes there are."""
     try:
         given = tuple(map(operator.index, axes if isinstance(axes, Iterable) else (axes,)))
     except TypeError:
@@ -34,10 +34,8 @@ def canonical(axes: Axes, shape: Sequence[int], *, caller: str, argument: str) -
                 f"{caller}: {argument}={given} is out of range: f(params, x1) has shape "
                 f"{tuple(shape)}, so {describe_axes(ndim)}."
             )
-    result = tuple(sorted(axis % ndim for axis in given))
-    if len(set(result)) < len(result):
-        raise ValueError(f"{caller}: {argument}={given} names an axis twice.")
-    return result
+    # A set: (0, -2) names the first of two axes twice, which programs rely on.
+    return tuple(sorted({axis % ndim for axis in given}))
 
 
 @dataclass(frozen=True)
