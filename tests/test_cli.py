@@ -29,7 +29,10 @@ def test_demo_twice(tmp_path):
     run = _run("demo", "--quick", "--json", "--seed", "3", "--out", str(out))
     assert run.returncode == 0, run.stderr
     facts = json.loads(run.stdout)
-    assert [len(row["curve"]) for row in facts["rows"]] == [len(facts["subsets"])] * 5
+    everything = len(facts["subsets"])
+    pooled = sum(n <= 50 for n in facts["subsets"])
+    assert [len(row["curve"]) for row in facts["rows"]] == [everything] * 6 + [pooled]
+    assert "CNN with pooling (50 images)" in facts["rows"][-1]["name"]
     for row in facts["rows"]:
         assert 0.5 < row["accuracy"] <= 1.0, row
         assert row["seconds"] > 0 and row["peak_bytes"] > 2**20

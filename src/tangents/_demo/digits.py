@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,6 +22,10 @@ class Digits:
     def y_train(self) -> np.ndarray:
         """Regression targets: one-hot less 1/10, so that each row sums to zero."""
         return targets(self.labels_train)
+
+    def first(self, train: int) -> Digits:
+        """The same with the first training images only."""
+        return replace(self, x_train=self.x_train[:train], labels_train=self.labels_train[:train])
 
 
 def targets(labels: np.ndarray) -> np.ndarray:

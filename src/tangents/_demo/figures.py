@@ -47,7 +47,8 @@ def learning_curves(outcome: Outcome) -> Any:
     """Accuracy against the number of training images."""
     sizes = outcome.size.subsets
     figure, ax = plt.subplots(figsize=(6.4, 4.2))
-    plot.learning_curves(sizes, {row.name: row.curve for row in outcome.rows}, ax=ax, markersize=4)
+    curves = {r.name: r.curve + [np.nan] * (len(sizes) - len(r.curve)) for r in outcome.rows}
+    plot.learning_curves(sizes, curves, ax=ax, markersize=4)
     ax.set_yscale("linear")
     ax.set_xticks(sizes, [str(n) for n in sizes])
     ax.minorticks_off()
