@@ -231,6 +231,19 @@ def test_ode_comes_to_rest(solver, x64):
     np.testing.assert_allclose(train[1], y, rtol=tol, atol=tol)
 
 
+def test_ode_under_vmap(x64):
+    k, k_td, _, y, f, ft = problem(n=3, m=2)
+
+    def outputs(k, y):
+        return predict.gradient_descent(mse, k, y)(3.0, f, ft, k_td)
+
+    mapped = jax.vmap(outputs)(jnp.stack([k, 2 * k]), jnp.stack([y, -y]))
+    exact = predict.gradient_descent_mse(2 * k, -y)(3.0, f, ft, k_td)
+    tol = 1e-6 if x64 else 1e-4
+    for a, b in zip(mapped, exact, strict=True):
+        np.testing.assert_allclose(a[1], b, rtol=tol, atol=tol)
+
+
 def test_ode_follows_gradient_descent_with_momentum():
     """Discrete heavy-ball steps with a small rate, in function space."""
     k, _, _, y, _, _ = problem()
@@ -286,6 +299,7 @@ def test_largest_learning_rate_separates_convergence(close):
     start = float(jnp.linalg.norm(f - y))
     assert error_after(0.97 * rate) < start < error_after(1.03 * rate)
     close(jax.jit(predict.max_learning_rate)(k), predict.max_learning_rate(k))
+    close(jax.vmap(predict.max_learning_rate)(jnp.stack([k, 4 * k]))[1], rate * N / y.size / 4)
     full = jnp.einsum("ij,ab->ijab", k, jnp.eye(C))
     close(predict.max_learning_rate(full), rate)
     with pytest.raises(ValueError, match="pairs of equal axes"):

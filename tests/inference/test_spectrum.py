@@ -156,9 +156,15 @@ def test_plots_take_and_return_axes(kernel):
 Triple = collections.namedtuple("Triple", "nngp ntk other")
 
 
-def test_saved_and_loaded(kernel, tmp_path):
+@pytest.fixture(params=["result.npz", "result.zarr"])
+def path(request, tmp_path):
+    if request.param.endswith("zarr"):
+        pytest.importorskip("zarr")
+    return tmp_path / request.param
+
+
+def test_saved_and_loaded(kernel, path):
     k, _, y = kernel
-    path = tmp_path / "result.npz"
     fit = tangents.fit_kernel_regression(k, y)
     state = tangents.predict.ODEState(y, None)
     gaussian = tangents.predict.Gaussian(y, k)
@@ -169,6 +175,8 @@ def test_saved_and_loaded(kernel, tmp_path):
         "named": Triple(k, None, (1, 2.5, float("inf"))),
         "list": [state, gaussian, "text", True],
         "half": k.astype(jnp.bfloat16),
+        "empty": jnp.zeros((0, 3)),
+        "scalar": jnp.ones(()),
     }
     tangents.save(path, content)
     loaded = tangents.load(path)
@@ -181,12 +189,41 @@ def test_saved_and_loaded(kernel, tmp_path):
     assert type(loaded["list"][1]) is tangents.predict.Gaussian
     assert loaded["named"]._fields == ("nngp", "ntk", "other")
     np.testing.assert_array_equal(loaded["fit"].predict(k), fit.predict(k))
-    assert [p.name for p in tmp_path.iterdir()] == ["result.npz"]
-    # Nothing in the file is a pickle.
-    with np.load(path, allow_pickle=False) as archive:
-        assert all(archive[name].dtype != object for name in archive.files)
+    # Another result takes its place.
+    tangents.save(path, [y])
+    np.testing.assert_array_equal(tangents.load(path)[0], y)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_failed_save_leaves_what_was_there(kernel, path, monkeypatch):
+    k, _, _ = kernel
     with pytest.raises(TypeError, match=r"result.f is a function; only data"):
         tangents.save(path, {"f": test_errors})
+    assert not list(path.parent.iterdir())
+    tangents.save(path, {"k": k})
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    if path.suffix == ".zarr":
+        import zarr
+
+        monkeypatch.setattr(zarr.Group, "create_array", interrupted)
+    else:
+        monkeypatch.setattr(np, "savez", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tangents.save(path, {"k": 2 * k})
+    monkeypatch.undo()
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    np.testing.assert_array_equal(tangents.load(path)["k"], k)
+
+
+def test_files_hold_data_only(kernel, tmp_path):
+    k, _, _ = kernel
+    path = tmp_path / "result.npz"
+    tangents.save(path, {"k": k})
+    with np.load(path, allow_pickle=False) as archive:
+        assert all(archive[name].dtype != object for name in archive.files)
     np.savez(path, a=np.ones(2))
     with pytest.raises(ValueError, match=r"was not written by tangents.save"):
         tangents.load(path)
@@ -196,11 +233,22 @@ def test_saved_and_loaded(kernel, tmp_path):
         tangents.load(path)
 
 
-def test_saved_kernel(tmp_path):
+def test_foreign_zarr(tmp_path):
+    zarr = pytest.importorskip("zarr")
+    zarr.open_group(tmp_path / "new.zarr", mode="w", zarr_format=3)
+    # Version 2 could hold pickles: it is not even opened.
+    zarr.open_group(tmp_path / "old.zarr", mode="w", zarr_format=2).attrs["tangents"] = {}
+    (tmp_path / "none.zarr").mkdir()
+    for name in ("new", "old", "none"):
+        with pytest.raises(ValueError, match=r"was not written by tangents.save"):
+            tangents.load(tmp_path / f"{name}.zarr")
+
+
+def test_saved_kernel(path):
     stax = pytest.importorskip("tangents.stax")
     k = stax.serial(stax.Dense(1), stax.Relu())[2](jnp.ones((3, 2)), None)
-    tangents.save(tmp_path / "k", k)
-    loaded = tangents.load(tmp_path / "k")
+    tangents.save(path, k)
+    loaded = tangents.load(path)
     assert type(loaded) is type(k)
     for a, b in zip(k.astuple(), loaded.astuple(), strict=True):
         if isinstance(a, jax.Array):

@@ -12,9 +12,10 @@ from jax import lax
 
 from tangents._core.precision import DEFAULT as HIGHEST
 from tangents._core.typing import Array
-from tangents._inference import double_float
-from tangents._inference.eigenspace import null_tolerance, product64
+from tangents._inference import double_float, lapack
+from tangents._inference.lapack import product64
 from tangents._inference.layout import regularise
+from tangents._inference.matrix_functions import null_tolerance
 from tangents._inference.solution import (
     CONVERGED,
     NOT_CONVERGED,
@@ -124,45 +125,49 @@ def _norm_bound(k: np.ndarray, ridge: float) -> float:
 
 
 def _factor32(k: Array, ridge: float):
-    k32 = regularise(k.astype(jnp.float32), ridge, True)
-    if all(d.platform == "cpu" for d in k32.devices()):
-        # LAPACK on the array where it lies; its transpose is a view in LAPACK's order.
-        import scipy.linalg
-
-        try:
-            pair = scipy.linalg.cho_factor(np.asarray(k32).T, lower=True, check_finite=False)
-        except np.linalg.LinAlgError:
+    if all(d.platform == "cpu" for d in k.devices()):
+        factor = lapack.cholesky(np.asarray(k), ridge, np.float32)
+        if factor is None:
             return None, np.nan
-        inverse = lambda r: scipy.linalg.cho_solve(pair, np.asarray(r), check_finite=False)
-        apply_inverse = lambda r: jnp.asarray(inverse(r))
+        inverse = lambda r: lapack.cholesky_solve(factor, r)
+        norm = _one_norm(np.asarray(k), ridge)
+        condition = 1 / max(lapack.reciprocal_condition(factor, norm), 1e-300)
     else:
+        k32 = regularise(k.astype(jnp.float32), ridge, True)
         factor = jnp.linalg.cholesky(k32, symmetrize_input=False)
         if not bool(jnp.isfinite(factor[-1, -1])):
             return None, np.nan
         apply_inverse = lambda r: jax.scipy.linalg.cho_solve((factor, True), r)
+        inverse = lambda r: np.asarray(apply_inverse(jnp.asarray(r, jnp.float32)))
+        condition = float(condition_estimate(k32, apply_inverse))
 
     def solve(r: np.ndarray) -> np.ndarray:
         # Residuals shrink below what float32 can hold: scale each column to size 1.
         sizes = _sizes(r)
-        return np.asarray(apply_inverse(jnp.asarray(r / sizes, jnp.float32)), np.float64) * sizes
+        return np.asarray(inverse(r / sizes), np.float64) * sizes
 
-    return solve, float(condition_estimate(k32, apply_inverse))
+    return solve, condition
 
 
 def _factor64(k: np.ndarray, ridge: float):
-    import scipy.linalg
-
-    k64 = k.astype(np.float64)
-    k64[np.diag_indices_from(k64)] += ridge
-    try:
-        factor = scipy.linalg.cho_factor(k64, lower=True, check_finite=False)
-    except np.linalg.LinAlgError:
+    factor = lapack.cholesky(k, ridge, np.float64)
+    if factor is None:
         return None, np.nan
-    norm = float(np.abs(k64).sum(axis=0).max())
-    reciprocal: Any = scipy.linalg.get_lapack_funcs("pocon", (k64,))
-    inverse, _ = reciprocal(factor[0], norm, uplo="L")
-    solve = lambda r: scipy.linalg.cho_solve(factor, r, check_finite=False)
-    return solve, 1 / max(float(inverse), 1e-300)
+    condition = 1 / max(lapack.reciprocal_condition(factor, _one_norm(k, ridge)), 1e-300)
+    return lambda r: lapack.cholesky_solve(factor, r), condition
+
+
+def _one_norm(k: np.ndarray, ridge: float) -> float:
+    """The largest column sum of |K + ridge·I|, a block of rows at a time."""
+    rows = 256
+    diagonal = np.diagonal(k)
+    largest = 0.0
+    for start in range(0, k.shape[0], rows):
+        part = slice(start, start + rows)
+        sums = np.abs(k[part]).sum(axis=1, dtype=np.float64)
+        sums += np.abs(diagonal[part] + ridge) - np.abs(diagonal[part])
+        largest = max(largest, float(sums.max()))
+    return largest
 
 
 def condition_estimate(k: Array, inverse: Callable[[Array], Array], steps: int = 4) -> Array:

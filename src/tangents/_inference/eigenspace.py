@@ -1,13 +1,4 @@
-"""A symmetric positive semidefinite kernel, factored once: eigenspaces and limits.
-
-Gradient flow on a squared loss acts on each eigenvalue λ of the kernel by two functions of time
-(Jacot et al. 2018, section 5; Lee et al. 2019, eq. 8 and 9), with s the number of targets:
-
-    risen(λ, t)      = 1 − exp(−λ t / s)               how much of the residual is gone
-    integrated(λ, t) = (1 − exp(−λ t / s)) / λ         what the test outputs have seen of it
-
-Where λ = 0 their limits are 0 and t / s; at t = ∞ the second one is the pseudo-inverse.
-"""
+"""A symmetric positive semidefinite kernel, factored once: eigenspaces and its inverse."""
 
 from __future__ import annotations
 
@@ -20,38 +11,10 @@ from jax import lax
 
 from tangents._core.precision import DEFAULT as HIGHEST
 from tangents._core.typing import Array
+from tangents._inference import lapack
 from tangents._inference.layout import is_concrete, regularise
-
-
-def risen(eigenvalues: Array, t: Array, size: int) -> Array:
-    """1 − exp(−λ t / s) for t of shape (T, 1): shape (T, n). Eigenvalues below 0 count as 0."""
-    lam = jnp.maximum(eigenvalues, 0)
-    infinite = jnp.isinf(t)
-    finite_t = jnp.where(infinite, 0, t)
-    limit = (lam > null_tolerance(eigenvalues)).astype(lam.dtype)
-    return jnp.where(infinite, limit, -jnp.expm1(-lam * (finite_t / size)))
-
-
-def integrated(eigenvalues: Array, t: Array, size: int) -> Array:
-    """(1 − exp(−λ t / s)) / λ for t of shape (T, 1): shape (T, n), with its limits at 0 and ∞."""
-    lam = jnp.maximum(eigenvalues, 0)
-    infinite = jnp.isinf(t)
-    time = jnp.where(infinite, 0, t) / size
-    x = lam * time
-    # Two forms of one function: dividing by x never divides by zero times something large, dividing
-    # by λ does not overflow where t is large.
-    safe_x = jnp.where((x == 0) | (x > 1), 1, x)
-    early = time * jnp.where(x == 0, 1, -jnp.expm1(-safe_x) / safe_x)
-    safe_lam = jnp.where(lam > 0, lam, 1)
-    late = -jnp.expm1(-x) / safe_lam
-    limit = jnp.where(lam > null_tolerance(eigenvalues), 1 / safe_lam, 0)
-    return jnp.where(infinite, limit, jnp.where(x > 1, late, early))
-
-
-def null_tolerance(eigenvalues: Array) -> Array:
-    """Eigenvalues at or below this are zero as far as rounding lets one tell: n ε λ_max."""
-    eps = jnp.finfo(eigenvalues.dtype).eps
-    return eigenvalues.shape[-1] * eps * jnp.max(jnp.abs(eigenvalues))
+from tangents._inference.matrix_functions import function_product
+from tangents._scale.host_array import taken_over
 
 
 def _regular(pivots: Any, dtype: Any) -> Any:
@@ -59,7 +22,7 @@ def _regular(pivots: Any, dtype: Any) -> Any:
     # singular to working precision may still factorise, into rounding errors.
     xp = np if isinstance(pivots, np.ndarray) else jnp
     ratio = xp.min(pivots) / xp.max(pivots)
-    return xp.all(xp.isfinite(pivots)) & (ratio**2 > float(jnp.finfo(dtype).eps))
+    return xp.all(xp.isfinite(pivots)) & (ratio**2 > 8 * float(jnp.finfo(dtype).eps))
 
 
 class Factorisation:
@@ -67,17 +30,21 @@ class Factorisation:
 
     What is computed from concrete arrays is concrete also inside `jit` or `vmap` and is kept; what
     depends on tracers is computed anew in each trace, so that no tracer outlives its trace.
+    Concrete matrices on a CPU are factored by LAPACK where they lie.
     """
 
     def __init__(self, k: Array, diag_reg: Any = 0.0, absolute: bool = False, *, caller: str = ""):
         """`k` (n, n); the ridge is `diag_reg` times the mean diagonal, or absolute."""
         self._k, self._diag_reg, self._absolute, self._caller = k, diag_reg, absolute, caller
         self._kept: dict[str, Any] = {}
+        self.dtype = k.dtype
+        self._concrete = is_concrete(k, diag_reg)
+        self._on_host = self._concrete and all(d.platform == "cpu" for d in k.devices())
 
     def _keep(self, name: str, compute):
         if name in self._kept:
             return self._kept[name]
-        if not is_concrete(self._k, self._diag_reg):
+        if not self._concrete:
             return compute()
         with jax.ensure_compile_time_eval():
             self._kept[name] = compute()
@@ -87,133 +54,159 @@ class Factorisation:
         """K + r I."""
         return self._keep("matrix", lambda: regularise(self._k, self._diag_reg, self._absolute))
 
-    def eigh(self) -> tuple[Array, Array]:
-        """Eigenvalues, ascending, and eigenvectors of K + r I."""
-        return self._keep("eigh", lambda: tuple(jnp.linalg.eigh(self.matrix())))
+    def variable(self) -> Array | None:
+        """K + r I if results may be differentiated in it, None if it is constant."""
+        return None if self._concrete else self.matrix()
 
-    def apply(self, values: Array, rhs: Array) -> Array:
-        """U diag(values) Uᵀ rhs: `values` (T, n), `rhs` (n, c), result (T, n, c)."""
-        _, vectors = self.eigh()
-        inside = jnp.matmul(vectors.T, rhs, precision=HIGHEST)
-        n, c = inside.shape
-        # One product for all times: (n, n) @ (n, T·c) reads the eigenvectors once.
-        scaled = (values.T[:, :, None] * inside[:, None, :]).reshape(n, -1)
-        out = jnp.matmul(vectors, scaled, precision=HIGHEST)
-        return jnp.moveaxis(out.reshape(n, -1, c), 0, 1)
+    def _host(self) -> tuple[np.ndarray, float]:
+        """K and r on the host."""
+        k = np.asarray(self._k)
+        scale = 1.0 if self._absolute else float(np.mean(np.diagonal(k)))
+        return k, float(np.asarray(self._diag_reg)) * scale
 
-    def cholesky(self) -> tuple[Any, Any]:
-        """A function that solves with K + r I, and whether it may: finite and not singular."""
+    def eigen(self) -> tuple[Array, Array]:
+        """Eigenvalues of K + r I, ascending, and its eigenvectors as *rows*.
 
-        def compute():
-            if is_concrete(self._k, self._diag_reg) and self._on_cpu():
-                return self._cholesky_on_host()
-            factor = jnp.linalg.cholesky(self.matrix())
-            pivots = jnp.diagonal(factor)
-            solve = lambda r: jax.scipy.linalg.cho_solve((factor, True), r)
-            return solve, _regular(pivots, factor.dtype)
+        No derivative is taken through them: see `matrix_functions`.
+        """
 
-        return self._keep("cholesky", compute)
+        def compute() -> tuple[Array, Array]:
+            if self._on_host:
+                values, vectors = lapack.eigh(*self._host())
+                return jnp.asarray(values), taken_over(vectors.T)
+            values, vectors = jnp.linalg.eigh(lax.stop_gradient(self.matrix()))
+            return values, vectors.T
 
-    def _on_cpu(self) -> bool:
-        return all(d.platform == "cpu" for d in self.matrix().devices())
+        return self._keep("eigen", compute)
 
-    def _cholesky_on_host(self) -> tuple[Any, Any]:
-        # LAPACK on the array where it lies, without XLA's copies. It is symmetric, so that its
-        # transpose, a view in the order LAPACK wants, is as good.
-        import scipy.linalg
+    def _factor(self, dtype: Any) -> tuple[Any, Any]:
+        """Lower Cholesky factor in `dtype`, and whether it may be used: not broken, not singular.
 
-        try:
-            k = np.asarray(self.matrix()).T
-            factor = scipy.linalg.cho_factor(k, lower=True, check_finite=False)
-        except np.linalg.LinAlgError:
-            return None, np.False_
-        pivots = np.diagonal(factor[0])
-        solve = lambda r: scipy.linalg.cho_solve(factor, np.asarray(r), check_finite=False)
-        return solve, np.asarray(_regular(pivots, pivots.dtype))
+        The factor is NumPy's where LAPACK made it.
+        """
+
+        def compute() -> tuple[Any, Any]:
+            if self._on_host:
+                factor = lapack.cholesky(*self._host(), dtype)
+                if factor is None:
+                    return None, np.False_
+                return factor, np.asarray(_regular(np.diagonal(factor), self.dtype))
+            # Derivatives go around the factor: see `_solve_traced`.
+            factor = jnp.linalg.cholesky(lax.stop_gradient(self.matrix()))
+            return factor, _regular(jnp.diagonal(factor), self.dtype)
+
+        return self._keep(f"factor {jnp.dtype(dtype)}", compute)
 
     def usable(self) -> Any:
-        """Whether the Cholesky factor serves: a boolean, traced if the matrix is."""
-        return self.cholesky()[1]
+        """Whether a Cholesky factor serves: a boolean, traced if the matrix is."""
+        for name, kept in self._kept.items():
+            if name.startswith("factor"):
+                return kept[1]
+        return self._factor(self.dtype)[1]
 
     def solve(self, rhs: Array) -> Array:
         """(K + r I)⁻¹ rhs; the pseudo-inverse where the matrix is singular.
 
+        A float32 matrix and right-hand side that are concrete give a float64 solution, rounded.
+
         Raises:
             ValueError: eagerly, if the matrix has an eigenvalue that is negative beyond rounding.
         """
-        solve, usable = self.cholesky()
-        if not is_concrete(usable):
-            return lax.cond(usable, solve, self._pseudo_inverse, rhs)
+        n, c = rhs.shape
+        dtype = self.dtype
+        if self._on_host and is_concrete(rhs) and 12 * c > n:
+            # So many right-hand sides cost more in refinement than a factor in float64 does.
+            dtype = np.dtype(np.float64)
+        factor, usable = self._factor(dtype)
+        if not self._concrete:
+            # Also where only derivatives are traced and `usable` is known.
+            return lax.cond(
+                usable,
+                _solve_traced,
+                lambda k, f, r: self._pseudo_inverse(r),
+                self.matrix(),
+                factor,
+                rhs,
+            )
         if not usable:
             self._check_semidefinite()
             return self._pseudo_inverse(rhs)
-        if is_concrete(rhs):
-            return self._refined(solve, rhs)
-        if self._on_cpu():
+        if not is_concrete(rhs):
             # Inside a trace the right-hand side is not there to hand to LAPACK.
-            factor = self._keep("factor", lambda: jnp.linalg.cholesky(self.matrix()))
+            if isinstance(factor, np.ndarray):
+                return jax.scipy.linalg.cho_solve((jnp.asarray(factor.T), False), rhs)
             return jax.scipy.linalg.cho_solve((factor, True), rhs)
-        return solve(rhs)
+        if isinstance(factor, np.ndarray):
+            apply = lambda b: lapack.cholesky_solve(factor, b)
+        else:
+            apply = lambda b: np.asarray(
+                jax.scipy.linalg.cho_solve((factor, True), jnp.asarray(b, self.dtype))
+            )
+        b = np.asarray(rhs)
+        refined = b.dtype == np.float32 and np.dtype(dtype) == np.float32
+        x = self._refined(apply, b) if refined else apply(b)
+        return jnp.asarray(x, rhs.dtype)
 
     def project(self, rhs: Array) -> Array:
         """The part of rhs in the range of K + r I: all of it, unless the matrix is singular."""
         usable = self.usable()
-
-        def range_part(r: Array) -> Array:
-            values, _ = self.eigh()
-            return self.apply((values > null_tolerance(values)).astype(r.dtype)[None], r)[0]
-
         if is_concrete(usable):
-            return rhs if usable else range_part(rhs)
-        return lax.cond(usable, lambda r: r, range_part, rhs)
+            return rhs if usable else self._at_infinity("risen", rhs)
+        return lax.cond(usable, lambda r: r, lambda r: self._at_infinity("risen", r), rhs)
 
-    def _refined(self, solve: Any, rhs: Array) -> Array:
-        if rhs.dtype != jnp.float32:
-            return jnp.asarray(solve(rhs))
+    def _refined(self, solve: Any, rhs: np.ndarray) -> np.ndarray:
         # Corrections from residuals in float64 on the host bring the error of a float32
         # factorisation from 1e-4 to the rounding of the result. Each multiplies the error by the
         # same factor, which the first shows: where its square is small enough, one will do.
-        k, b = np.asarray(self.matrix()), np.asarray(rhs, np.float64)
+        k, ridge = self._host()
+        b = rhs.astype(np.float64)
         x = np.asarray(solve(rhs), np.float64)
         last = 1.0
         for _ in range(4):
-            change = np.asarray(solve((b - product64(k, x)).astype(np.float32)), np.float64)
+            residual = b - lapack.product64(k, x) - ridge * x
+            change = np.asarray(solve(residual.astype(np.float32)), np.float64)
             size = np.linalg.norm(change) / max(np.linalg.norm(x), 1e-300)
             if not size < 0.5 * last:
                 break
             x, error, last = x + change, size * size / last, size
             if error < 1e-8:
                 break
-        return jnp.asarray(x, rhs.dtype)
+        return x
 
     def _pseudo_inverse(self, rhs: Array) -> Array:
-        values, _ = self.eigh()
-        return self.apply(integrated(values, jnp.full((1, 1), jnp.inf, values.dtype), 1), rhs)[0]
+        return self._at_infinity("integrated", rhs)
+
+    def _at_infinity(self, kind: str, rhs: Array) -> Array:
+        forever = jnp.full((1, 1), jnp.inf, rhs.dtype)
+        return function_product(kind, 1, self.variable(), self.eigen(), forever, rhs)[0]
 
     def _check_semidefinite(self) -> None:
-        values, _ = self.eigh()
-        values = np.asarray(values)  # on the host: this may be running inside somebody's trace
+        values = np.asarray(self.eigen()[0])  # on the host: this may be running inside some trace
         smallest = float(values[0])
         tolerance = len(values) * float(np.finfo(values.dtype).eps) * float(np.abs(values).max())
         if not np.isfinite(smallest):
             raise ValueError(f"{self._caller}: the kernel has entries that are NaN or infinite.")
         if smallest < -max(tolerance, 1e-30):
-            mean = float(np.mean(np.diagonal(np.asarray(self.matrix()))))
-            ridge = -2 * smallest
+            k, ridge = self._host()
+            mean = float(np.mean(np.diagonal(k))) + ridge
+            needed = -2 * smallest
             raise ValueError(
                 f"{self._caller}: the kernel is not positive semidefinite: its smallest eigenvalue "
                 f"is {smallest:.3g}, its largest {float(values[-1]):.3g}, so there is no limit of "
-                f"infinite time. Pass diag_reg={ridge / mean:.2g} (relative to the mean diagonal) "
+                f"infinite time. Pass diag_reg={needed / mean:.2g} (relative to the mean diagonal) "
                 "or more, or compute the kernel in float64."
             )
 
 
-def product64(k: np.ndarray, x: np.ndarray, rows: int = 1024) -> np.ndarray:
-    """K x in float64 for a matrix of any precision."""
-    # K in float64 a block of rows at a time: a whole copy would triple the memory.
-    if k.dtype == np.float64:
-        return k @ x
-    out = np.empty(x.shape, np.float64)
-    for start in range(0, k.shape[0], rows):
-        out[start : start + rows] = k[start : start + rows].astype(np.float64) @ x
-    return out
+def _solve_traced(k: Array, factor: Array, rhs: Array) -> Array:
+    """K⁻¹ rhs by the factor of K; differentiated as the solution of a linear system.
+
+    So a factor that broke down, which this branch does not use, cannot spoil a derivative.
+    """
+    k = (k + k.T) / 2  # so that the derivative in K is symmetric
+    return lax.custom_linear_solve(
+        lambda x: jnp.matmul(k, x, precision=HIGHEST),
+        rhs,
+        lambda _, b: jax.scipy.linalg.cho_solve((factor, True), b),
+        symmetric=True,
+    )

@@ -9,6 +9,7 @@ With R(t) = Θ⁻¹ (1 − exp(−η t Θ / s)) Θ_XT and K, Θ the NNGP and NTK
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,11 +20,11 @@ import numpy as np
 from tangents._core.get import Get, canonical_get, select
 from tangents._core.precision import DEFAULT as HIGHEST
 from tangents._core.typing import Array, Axes, PyTree
-from tangents._inference.eigenspace import Factorisation, integrated, risen
+from tangents._inference.eigenspace import Factorisation
 from tangents._inference.gaussian_process import (
     Gaussian,
-    gp_inference,
     kernel_of,
+    limit,
     propagated,
     symmetric,
 )
@@ -35,6 +36,7 @@ from tangents._inference.layout import (
     is_concrete,
     matrix,
 )
+from tangents._inference.matrix_functions import function_product
 
 KernelFn = Callable[..., Any]
 CALLER = "gradient_descent_mse_ensemble"
@@ -94,85 +96,10 @@ def gradient_descent_mse_ensemble(
     """
     y = as_targets(y_train, caller=CALLER)
     layout = Layout.of(y.shape, trace_axes, caller=CALLER)
-    train_kwargs = kernel_fn_train_train_kwargs
-    kept_kernels: dict[str, Any] = {}
-    kept_factors: dict[str, Factorisation] = {}
-
-    def train_kernels(names: tuple[str, ...]) -> dict[str, Array]:
-        """Kernels of the training set by name, kept once they are concrete."""
-        missing = tuple(n for n in names if n not in kept_kernels)
-        found = dict(kept_kernels)
-        if missing:
-            concrete = is_concrete(x_train, train_kwargs)
-            with _eager_where(concrete):
-                computed = _kernels(kernel_fn, x_train, None, missing, train_kwargs)
-            for name, k in computed.items():
-                layout.check_train(k, caller=CALLER, argument=f"kernel_fn(x_train)[{name!r}]")
-            found.update(computed)
-            if is_concrete(computed):
-                kept_kernels.update(computed)
-        return found
-
-    def factor(name: str) -> Factorisation:
-        if name in kept_factors:
-            return kept_factors[name]
-        k = matrix(train_kernels((name,))[name])
-        made = Factorisation(
-            k.astype(floating(k, y)), diag_reg, diag_reg_absolute_scale, caller=CALLER
-        )
-        if is_concrete(k):
-            kept_factors[name] = made
-        return made
-
-    def at_infinity(wanted, names, x_test, compute_cov, test_kwargs):
-        needed = _needed(names, compute_cov)
-        k_dd = select("AnalyticKernel", needed, train_kernels(needed))
-        predict_gp = gp_inference(k_dd, y, diag_reg, diag_reg_absolute_scale, trace_axes)
-        if x_test is None:
-            return predict_gp(wanted, None, True if compute_cov else None)
-        pair = _test_train_kwargs(test_kwargs, train_kwargs)
-        k_td = select("AnalyticKernel", needed, _kernels(kernel_fn, x_test, x_train, needed, pair))
-        k_tt = None
-        if compute_cov:
-            k_tt = _kernels(kernel_fn, x_test, None, ("nngp",), test_kwargs)["nngp"]
-        return predict_gp(wanted, k_td, k_tt)
-
-    def at_times(t, names, x_test, compute_cov, test_kwargs):
-        needed = _needed(names, compute_cov)
-        k_dd = train_kernels(needed)
-        if x_test is not None:
-            pair = _test_train_kwargs(test_kwargs, train_kwargs)
-            k_td = _kernels(kernel_fn, x_test, x_train, needed, pair)
-            for name, k in k_td.items():
-                layout.check_test(
-                    k, caller=CALLER, argument=f"kernel_fn(x_test, x_train)[{name!r}]"
-                )
-            if compute_cov:
-                k_tt = _kernels(kernel_fn, x_test, None, ("nngp",), test_kwargs)["nngp"]
-        results = {}
-        for name in names:
-            solver = factor(name)
-            dtype = solver.matrix().dtype
-            times = as_times(t, dtype, CALLER) * jnp.asarray(learning_rate, dtype)
-            flat = times.reshape(-1, 1)
-            rhs = layout.targets(y.astype(dtype))
-            kept = layout.kept_shape if x_test is None else k_td[name].shape[0::2]
-            if x_test is None:
-                mean = solver.apply(risen(solver.eigh()[0], flat, layout.size), rhs)
-                cov = _train_cov(solver, name, k_dd, flat, layout) if compute_cov else None
-            else:
-                weights = solver.apply(integrated(solver.eigh()[0], flat, layout.size), rhs)
-                mean = jnp.matmul(matrix(k_td[name]).astype(dtype), weights, precision=HIGHEST)
-                cov = (
-                    _test_cov(solver, name, k_dd, k_td, k_tt, flat, layout) if compute_cov else None
-                )
-            mean = layout.restore(mean, kept, times.shape)
-            if cov is None:
-                results[name] = mean
-            else:
-                cov = from_matrix(symmetric(cov), kept, kept, times.shape)
-                results[name] = Gaussian(mean, cov)
-        return results
+    ridge = diag_reg, diag_reg_absolute_scale
+    ensemble = _Ensemble(
+        kernel_fn, x_train, y, layout, learning_rate, ridge, kernel_fn_train_train_kwargs
+    )
 
     def predict_fn(
         t: Any = None,
@@ -190,11 +117,104 @@ def gradient_descent_mse_ensemble(
             if name not in ("nngp", "ntk"):
                 raise NotImplementedError(f"{CALLER}: get={name!r} is not one of 'nngp', 'ntk'.")
         if t is None:
-            return at_infinity(wanted, names, x_test, compute_cov, kernel_fn_test_test_kwargs)
-        results = at_times(t, names, x_test, compute_cov, kernel_fn_test_test_kwargs)
+            results = ensemble.at_infinity(names, x_test, compute_cov, kernel_fn_test_test_kwargs)
+        else:
+            results = ensemble.at_times(t, names, x_test, compute_cov, kernel_fn_test_test_kwargs)
         return select("Gaussians", wanted, results)
 
     return predict_fn
+
+
+class _Ensemble:
+    """Networks trained on one set: its kernels and their factors, kept once they are concrete."""
+
+    def __init__(
+        self,
+        kernel_fn: KernelFn,
+        x_train: PyTree,
+        y: Array,
+        layout: Layout,
+        learning_rate: Any,
+        ridge: tuple[Any, bool],
+        train_kwargs: dict[str, Any],
+    ):
+        self.kernel_fn, self.x_train, self.train_kwargs = kernel_fn, x_train, train_kwargs
+        self.y, self.layout, self.learning_rate, self.ridge = y, layout, learning_rate, ridge
+        self.kept_kernels: dict[str, Any] = {}
+        self.kept_factors: dict[str, Factorisation] = {}
+
+    def train_kernels(self, names: tuple[str, ...]) -> dict[str, Array]:
+        """Kernels of the training set by name, kept once they are concrete."""
+        missing = tuple(n for n in names if n not in self.kept_kernels)
+        found = dict(self.kept_kernels)
+        if missing:
+            concrete = is_concrete(self.x_train, self.train_kwargs)
+            with _eager_where(concrete):
+                computed = _kernels(self.kernel_fn, self.x_train, None, missing, self.train_kwargs)
+            for name, k in computed.items():
+                self.layout.check_train(k, caller=CALLER, argument=f"kernel_fn(x_train)[{name!r}]")
+            found.update(computed)
+            if is_concrete(computed):
+                self.kept_kernels.update(computed)
+        return found
+
+    def factor(self, name: str) -> Factorisation:
+        if name in self.kept_factors:
+            return self.kept_factors[name]
+        k = matrix(self.train_kernels((name,))[name])
+        made = Factorisation(k.astype(floating(k, self.y)), *self.ridge, caller=CALLER)
+        if is_concrete(k):
+            self.kept_factors[name] = made
+        return made
+
+    def test_kernels(self, x_test, needed, compute_cov, test_kwargs):
+        """Kernels of (test, train) by name, and the NNGP of (test, test) for covariances."""
+        pair = _test_train_kwargs(test_kwargs, self.train_kwargs)
+        k_td = _kernels(self.kernel_fn, x_test, self.x_train, needed, pair)
+        for name, k in k_td.items():
+            self.layout.check_test(
+                k, caller=CALLER, argument=f"kernel_fn(x_test, x_train)[{name!r}]"
+            )
+        if not compute_cov:
+            return k_td, None
+        return k_td, _kernels(self.kernel_fn, x_test, None, ("nngp",), test_kwargs)["nngp"]
+
+    def at_infinity(self, names, x_test, compute_cov, test_kwargs):
+        if x_test is None:
+            zero = jnp.zeros(tuple(d for s in self.layout.kept_shape for d in (s, s)), self.y.dtype)
+            return {name: Gaussian(self.y, zero) if compute_cov else self.y for name in names}
+        needed = _needed(names, compute_cov)
+        k_dd = self.train_kernels(needed)
+        k_td, k_tt = self.test_kernels(x_test, needed, compute_cov, test_kwargs)
+        nngp = (k_dd["nngp"], k_td["nngp"]) if compute_cov else None
+        return {
+            name: limit(name, self.layout, self.factor(name), self.y, k_td[name], k_tt, nngp)
+            for name in names
+        }
+
+    def at_times(self, t, names, x_test, compute_cov, test_kwargs):
+        needed = _needed(names, compute_cov)
+        k_dd = self.train_kernels(needed)
+        k_td, k_tt = {}, None
+        if x_test is not None:
+            k_td, k_tt = self.test_kernels(x_test, needed, compute_cov, test_kwargs)
+        results = {}
+        for name in names:
+            solver = self.factor(name)
+            times = as_times(t, solver.dtype, CALLER), jnp.asarray(self.learning_rate, solver.dtype)
+            # Of 'nngp' the kernel that moves the outputs is the one of their first covariance.
+            own = name == "nngp"
+            k0 = None
+            if compute_cov and not own:
+                k0 = k_dd["nngp"]
+            elif compute_cov and x_test is None:
+                k0 = solver.matrix()
+            k0_td = None if own or not compute_cov else k_td.get("nngp")
+            matrices = k_td.get(name), k0, k0_td, k_tt
+            known = solver.variable(), solver.eigen()
+            mean, cov = _distribution(self.layout, compute_cov, *known, self.y, *times, *matrices)
+            results[name] = Gaussian(mean, cov) if compute_cov else mean
+        return results
 
 
 def _eager_where(concrete: bool):
@@ -221,33 +241,54 @@ def _kernels(
     return {n: kernel_of(result, n, caller=CALLER, argument="kernel_fn(...)") for n in names}
 
 
-def _train_cov(solver: Factorisation, name: str, k_dd, flat: Array, layout: Layout) -> Array:
-    values, vectors = solver.eigh()
-    identity = jnp.eye(vectors.shape[0], dtype=vectors.dtype)
-    # 1 − risen = exp(−λ t / s): what is left of the initial draw.
-    if name == "nngp":
-        left = 1 - risen(values, 2 * flat, layout.size)
-        return solver.apply(jnp.maximum(values, 0) * left, identity)
-    left = solver.apply(1 - risen(values, flat, layout.size), identity)
-    nngp = matrix(k_dd["nngp"]).astype(vectors.dtype)
-    inner = jnp.matmul(nngp, left, precision=HIGHEST)
-    return jnp.matmul(left, inner, precision=HIGHEST)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _distribution(
+    layout: Layout,
+    compute_cov: bool,
+    k: Array | None,
+    eigen: tuple[Array, Array],
+    y: Array,
+    t: Array,
+    rate: Array,
+    k_td: Any,
+    k0: Any,
+    k0_td: Any,
+    k_tt: Any,
+) -> tuple[Array, Array | None]:
+    """Mean and covariance at times `t`, on the training set if `k_td` is None.
 
-
-def _test_cov(solver: Factorisation, name: str, k_dd, k_td, k_tt, flat, layout: Layout) -> Array:
-    values, vectors = solver.eigh()
-    dtype = vectors.dtype
-    cross = matrix(k_td[name]).astype(dtype).T
-    prior = matrix(k_tt).astype(dtype)
-    if name == "nngp":
-        # One product from the left: K_TX U, then the middle is diagonal.
-        inside = jnp.matmul(vectors.T, cross, precision=HIGHEST)
-        middle = integrated(values, 2 * flat, layout.size)[:, :, None] * inside
-        return prior - jnp.matmul(inside.T, middle, precision=HIGHEST)
-    response = solver.apply(integrated(values, flat, layout.size), cross)
-    nngp_dd = matrix(k_dd["nngp"]).astype(dtype)
-    nngp_td = matrix(k_td["nngp"]).astype(dtype)
-    return propagated(prior, nngp_dd, nngp_td, response)
+    `k0`, `k0_td`: the covariance of (train, train) and (test, train) at t = 0; `k0_td` is None
+    where it is `k_td`.
+    """
+    n, dtype = layout.rows, eigen[0].dtype
+    flat = (t * rate).reshape(-1, 1)
+    apply = lambda kind, times, rhs, left=None: function_product(
+        kind, layout.size, k, eigen, times, rhs, left
+    )
+    rhs = layout.targets(y.astype(dtype))
+    cov = None
+    if k_td is None:
+        kept, mean = layout.kept_shape, apply("risen", flat, rhs)
+        if compute_cov:
+            # exp(−Θ t / s): what is left of the initial draw.
+            left = jnp.eye(n, dtype=dtype) - apply("risen", flat, jnp.eye(n, dtype=dtype))
+            inner = jnp.matmul(matrix(k0).astype(dtype), left, precision=HIGHEST)
+            cov = jnp.matmul(left, inner, precision=HIGHEST)
+    else:
+        kept = k_td.shape[0::2]
+        weights = apply("integrated", flat, rhs)
+        mean = jnp.matmul(matrix(k_td).astype(dtype), weights, precision=HIGHEST)
+        if compute_cov:
+            cross, prior = matrix(k_td).astype(dtype).T, matrix(k_tt).astype(dtype)
+            if k0_td is None:
+                cov = prior - apply("integrated", 2 * flat, cross, cross)
+            else:
+                response = apply("integrated", flat, cross)
+                first, first_td = matrix(k0).astype(dtype), matrix(k0_td).astype(dtype)
+                cov = propagated(prior, first, first_td, response)
+    if cov is not None:
+        cov = from_matrix(symmetric(cov), kept, kept, t.shape)
+    return layout.restore(mean, kept, t.shape), cov
 
 
 def _test_train_kwargs(test: dict[str, Any], train: dict[str, Any]) -> dict[str, Any]:

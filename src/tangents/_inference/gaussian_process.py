@@ -10,16 +10,18 @@ With K = NNGP, Θ = NTK, data (X, y), test inputs T, and K, Θ regularised where
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from tangents._core.get import Get, canonical_get, select
 from tangents._core.precision import DEFAULT as HIGHEST
 from tangents._core.typing import Array, Axes
 from tangents._inference.eigenspace import Factorisation
-from tangents._inference.gradient_flow import as_targets, test_outputs
+from tangents._inference.gradient_flow import as_targets, outputs_of_weights
 from tangents._inference.layout import (
     Layout,
     as_matrix_argument,
@@ -125,18 +127,12 @@ def gp_inference(
             return mean if k_test_test is None else Gaussian(mean, zero)
         k_td = kernel_of(k_test_train, name, caller=caller, argument="k_test_train")
         layout.check_test(k_td, caller=caller)
-        solver = factor(name)
-        dtype = solver.matrix().dtype
-        k_td = k_td.astype(dtype)
-        weights = solver.solve(layout.targets(y.astype(dtype)))
-        mean = test_outputs(k_td, weights[None], 0.0, layout, (), caller)
         if k_test_test is None:
-            return mean
-        cross = solver.solve(matrix(k_td).T)  # Θ⁻¹ Θ_XT
+            return limit(kind, layout, factor(name), y, k_td)
         k_tt = kernel_of(
             k_test_test, name if kind == "ntkgp" else "nngp", caller=caller, argument="k_test_test"
         )
-        prior = matrix(k_tt).astype(dtype)
+        nngp = None
         if kind == "ntk":
             if not (has_both(k_train_train) and has_both(k_test_train)):
                 raise ValueError(
@@ -144,17 +140,11 @@ def gp_inference(
                     "fields nngp and ntk as k_train_train and k_test_train, from "
                     "kernel_fn(x1, x2, ('nngp', 'ntk'))."
                 )
-            nngp_dd = matrix(
-                kernel_of(k_train_train, "nngp", caller=caller, argument="k_train_train")
-            ).astype(dtype)
-            nngp_td = matrix(
-                kernel_of(k_test_train, "nngp", caller=caller, argument="k_test_train")
-            ).astype(dtype)
-            covariance = propagated(prior, nngp_dd, nngp_td, cross)
-        else:
-            covariance = prior - jnp.matmul(matrix(k_td), cross, precision=HIGHEST)
-        kept = k_td.shape[0::2]
-        return Gaussian(mean, from_matrix(symmetric(covariance), kept, kept))
+            nngp = (
+                kernel_of(k_train_train, "nngp", caller=caller, argument="k_train_train"),
+                kernel_of(k_test_train, "nngp", caller=caller, argument="k_test_train"),
+            )
+        return limit(kind, layout, factor(name), y, k_td, k_tt, nngp)
 
     def predict_fn(get: Get = None, k_test_train: Any = None, k_test_test: Any = None):
         """Posterior mean, or `Gaussian`, of each kernel in `get`; see `gp_inference`."""
@@ -169,6 +159,58 @@ def gp_inference(
         return select("Gaussians", wanted, results)
 
     return predict_fn
+
+
+def limit(
+    kind: str,
+    layout: Layout,
+    solver: Factorisation,
+    y: Array,
+    k_td: Array,
+    k_tt: Array | None = None,
+    nngp: tuple[Array, Array] | None = None,
+) -> Any:
+    """The prediction at infinite time: its mean, or a `Gaussian` if `k_tt` is given.
+
+    `solver` has the kernel of `kind`; `nngp` are the NNGPs of (train, train) and (test, train),
+    which 'ntk' needs for its covariance.
+    """
+    if k_tt is None:
+        weights = solver.solve(_right_sides(layout, solver.dtype, y, None))
+        return outputs_of_weights(k_td, weights[None], jnp.zeros((), solver.dtype), layout, ())
+    # Targets and Θ_XT in one solve.
+    solved = solver.solve(_right_sides(layout, solver.dtype, y, k_td))
+    return Gaussian(*_gaussian(layout, kind == "ntk", solved, k_td, k_tt, nngp))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _right_sides(layout: Layout, dtype: Any, y: Array, k_td: Array | None) -> Array:
+    targets = layout.targets(y.astype(dtype))
+    if k_td is None:
+        return targets
+    return jnp.concatenate([targets, matrix(k_td).astype(dtype).T], axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gaussian(
+    layout: Layout,
+    spread: bool,
+    solved: Array,
+    k_td: Array,
+    k_tt: Array,
+    nngp: tuple[Array, Array] | None,
+) -> tuple[Array, Array]:
+    dtype, tests = solved.dtype, matrix(k_tt).shape[0]
+    weights, cross = solved[:, :-tests], solved[:, -tests:]
+    mean = outputs_of_weights(k_td, weights[None], jnp.zeros((), dtype), layout, ())
+    prior = matrix(k_tt).astype(dtype)
+    if spread and nngp is not None:
+        nngp_dd, nngp_td = (matrix(k).astype(dtype) for k in nngp)
+        covariance = propagated(prior, nngp_dd, nngp_td, cross)
+    else:
+        covariance = prior - jnp.matmul(matrix(k_td).astype(dtype), cross, precision=HIGHEST)
+    kept = k_td.shape[0::2]
+    return mean, from_matrix(symmetric(covariance), kept, kept)
 
 
 def propagated(prior: Array, nngp_dd: Array, nngp_td: Array, response: Array) -> Array:

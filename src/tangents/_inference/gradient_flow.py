@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tangents._core.precision import DEFAULT as HIGHEST
 from tangents._core.typing import Array, Axes
-from tangents._inference.eigenspace import Factorisation, integrated, risen
+from tangents._inference.eigenspace import Factorisation
 from tangents._inference.layout import (
     Layout,
     as_matrix_argument,
@@ -18,6 +20,7 @@ from tangents._inference.layout import (
     is_concrete,
     matrix,
 )
+from tangents._inference.matrix_functions import function_product
 
 PredictMSE = Callable[..., Any]
 
@@ -56,8 +59,9 @@ def gradient_descent_mse(
         `fx_train_0`, `fx_test_0` are the outputs at t = 0 (numbers broadcast). The result is the
         training outputs; the pair (train, test) if `fx_test_0` is given, for which `k_test_train`
         (m, n) is needed; the test outputs alone if `fx_train_0` is None (then it counts as 0).
-        It may be called under `jit`, `vmap` and `grad`. The eigendecomposition is computed at the
-        first finite time and kept, the Cholesky factor at the first call without a time.
+        It may be called under `jit`, `vmap` and `grad`, also where eigenvalues of the kernel
+        coincide. The eigendecomposition is computed at the first finite time and kept, the Cholesky
+        factor at the first call without a time.
 
     Raises:
         TypeError: if a `Kernel` is passed where a matrix is needed.
@@ -90,66 +94,83 @@ def gradient_descent_mse(
     ):
         """Outputs at time `t` (None: infinity); see `gradient_descent_mse`."""
         k_td = check_test_arguments(fx_train_0, fx_test_0, k_test_train, layout, caller)
-        start = jnp.asarray(0.0 if fx_train_0 is None else fx_train_0, dtype)
-        start = broadcast_start(start, layout.shape, caller, "fx_train_0")
-        rhs = layout.targets(y - start)
-        times = (
-            None if t is None else as_times(t, dtype, caller) * jnp.asarray(learning_rate, dtype)
-        )
-        leading = () if times is None else times.shape
-        flat = None if times is None else times.reshape(-1, 1)
-
-        change, weights = _evolve(factors, flat, layout.size, rhs, fx_train_0, fx_test_0)
-        train = test = None
-        if change is not None:
-            train = start + layout.restore(change, layout.kept_shape, leading)
-            if flat is None:
-                # The limit is the targets themselves, not the targets to rounding.
-                train = jnp.where(factors.usable(), y, train)
-        if weights is not None:
-            test = test_outputs(k_td.astype(dtype), weights, fx_test_0, layout, leading, caller)
+        train_0 = as_start(fx_train_0, dtype, layout.shape, caller, "fx_train_0")
+        test_0 = None
+        if fx_test_0 is not None:
+            shape = layout.output_shape(k_td.shape[0::2])
+            test_0 = as_start(fx_test_0, dtype, shape, caller, "fx_test_0")
+        if t is None:
+            outputs = _at_infinity(factors, layout, y, train_0, test_0, k_td)
+        else:
+            times = as_times(t, dtype, caller), jnp.asarray(learning_rate, dtype)
+            known = factors.variable(), factors.eigen()
+            outputs = _at_times(layout, *known, y, *times, train_0, test_0, k_td)
+        train, test = outputs
         return test if train is None else train if test is None else (train, test)
 
     return predict_fn
 
 
-def _evolve(
-    factors: Factorisation, times: Array | None, size: int, rhs: Array, fx_train: Any, fx_test: Any
-) -> tuple[Array | None, Array | None]:
-    """Change of the training outputs and weights of the test outputs, where they are wanted."""
-    if times is None:
-        change = None if fx_train is None else factors.project(rhs)[None]
-        return change, None if fx_test is None else factors.solve(rhs)[None]
-    values, _ = factors.eigh()
-    wanted = []
-    if fx_train is not None:
-        wanted.append(risen(values, times, size))
-    if fx_test is not None:
-        wanted.append(integrated(values, times, size))
-    # Both at once: the eigenvectors are read once.
-    found = jnp.split(factors.apply(jnp.concatenate(wanted), rhs), len(wanted))
-    weights = None if fx_test is None else found[-1]
-    return None if fx_train is None else found[0], weights
-
-
-def test_outputs(
-    k_td: Array,
-    weights: Array,
-    fx_test_0: Any,
+@functools.partial(jax.jit, static_argnums=0)
+def _at_times(
     layout: Layout,
-    leading: tuple[int, ...],
-    caller: str,
+    k: Array | None,
+    eigen: tuple[Array, Array],
+    y: Array,
+    t: Array,
+    rate: Array,
+    train_0: Array | None,
+    test_0: Array | None,
+    k_td: Array | None,
+) -> tuple[Array | None, Array | None]:
+    """Training and test outputs at times `t` of any shape; None where no start is given."""
+    flat = (t * rate).reshape(-1, 1)
+    rhs = _residual(layout, y, train_0)
+    train = test = None
+    if train_0 is not None:
+        change = function_product("risen", layout.size, k, eigen, flat, rhs)
+        train = train_0 + layout.restore(change, layout.kept_shape, t.shape)
+    if test_0 is not None:
+        weights = function_product("integrated", layout.size, k, eigen, flat, rhs)
+        test = outputs_of_weights(k_td, weights, test_0, layout, t.shape)
+    return train, test
+
+
+def _at_infinity(
+    factors: Factorisation,
+    layout: Layout,
+    y: Array,
+    train_0: Array | None,
+    test_0: Array | None,
+    k_td: Array | None,
+) -> tuple[Array | None, Array | None]:
+    rhs = _residual(layout, y, train_0)
+    train = test = None
+    if test_0 is not None:
+        test = outputs_of_weights(k_td, factors.solve(rhs)[None], test_0, layout, ())
+    if train_0 is not None:
+        usable = factors.usable()
+        if is_concrete(usable) and usable:
+            # The limit is the targets themselves, not the targets to rounding.
+            return y, test
+        change = layout.restore(factors.project(rhs), layout.kept_shape, ())
+        train = jnp.where(usable, y, train_0 + change)
+    return train, test
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _residual(layout: Layout, y: Array, train_0: Array | None) -> Array:
+    """What is to be learned, (rows, traced)."""
+    return layout.targets(y if train_0 is None else y - train_0)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def outputs_of_weights(
+    k_td: Array, weights: Array, test_0: Array, layout: Layout, leading: tuple[int, ...]
 ) -> Array:
     """f_test(0) + K_test,train · weights: `weights` (T, rows, traced)."""
-    kept_test = k_td.shape[0::2]
-    change = layout.restore(
-        jnp.matmul(matrix(k_td), weights, precision=HIGHEST), kept_test, leading
-    )
-    start = jnp.asarray(fx_test_0, change.dtype)
-    return change + broadcast_start(start, layout.output_shape(kept_test), caller, "fx_test_0")
-
-
-test_outputs.__test__ = False  # not a test, whatever its name suggests to pytest
+    change = jnp.matmul(matrix(k_td).astype(weights.dtype), weights, precision=HIGHEST)
+    return test_0 + layout.restore(change, k_td.shape[0::2], leading)
 
 
 def as_targets(y_train: Any, *, caller: str) -> Array:
@@ -171,6 +192,20 @@ def as_times(t: Any, dtype: Any, caller: str) -> Array:
     return jnp.asarray(t, dtype)
 
 
+def as_start(
+    values: Any, dtype: Any, shape: tuple[int, ...], caller: str, argument: str
+) -> Array | None:
+    """Initial outputs as an array that broadcasts to `shape`; None stays None."""
+    if values is None:
+        return None
+    values = jnp.asarray(values, dtype)
+    try:
+        fits = np.broadcast_shapes(values.shape, shape) == shape
+    except ValueError:
+        fits = False
+    return values if fits else broadcast_start(values, shape, caller, argument)
+
+
 def broadcast_start(values: Array, shape: tuple[int, ...], caller: str, argument: str) -> Array:
     """Initial outputs broadcast to the shape of the outputs."""
     try:
@@ -184,15 +219,15 @@ def broadcast_start(values: Array, shape: tuple[int, ...], caller: str, argument
 
 def check_test_arguments(
     fx_train_0: Any, fx_test_0: Any, k_test_train: Any, layout: Layout, caller: str
-) -> Array:
-    """Which of the outputs are asked for, and the kernel that the test outputs need."""
+) -> Any:
+    """The kernel that the test outputs need, None without them; errors for what is missing."""
     if fx_train_0 is None and fx_test_0 is None:
         raise ValueError(
             f"{caller}: fx_train_0 and fx_test_0 are both None, so there is nothing to predict: "
             "pass the outputs at t=0 of at least one set (0. for a network centred at zero)."
         )
     if fx_test_0 is None:
-        return jnp.zeros(())
+        return None
     if k_test_train is None:
         raise ValueError(
             f"{caller}: fx_test_0 is given, so k_test_train is needed too, e.g. "

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 
 from tangents._core.precision import DEFAULT as HIGHEST
 from tangents._core.typing import Array
-from tangents._inference.eigenspace import null_tolerance
 from tangents._inference.gaussian_process import Gaussian
 from tangents._inference.layout import as_matrix_argument, floating, matrix
+from tangents._inference.matrix_functions import null_tolerance
 
 CRITERIA = ("leave-one-out", "marginal-likelihood")
 

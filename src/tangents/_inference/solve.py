@@ -13,7 +13,7 @@ from tangents._core.precision import DEFAULT as HIGHEST
 from tangents._core.typing import Array
 from tangents._inference import conjugate_gradients as cg
 from tangents._inference import dense_solve, nystroem
-from tangents._inference.eigenspace import product64
+from tangents._inference.lapack import product64
 from tangents._inference.layout import floating, is_concrete, matrix
 from tangents._inference.solution import (
     CONVERGED,
@@ -25,6 +25,7 @@ from tangents._inference.solution import (
 )
 
 METHODS = ("auto", "cholesky", "mixed", "float64", "eigh", "cg")
+Apply = Callable[[Array], Array]
 DIRECT_ROWS = 8_000
 """Matrices up to this size are factorised unless another method is asked for (measured on CPU)."""
 
@@ -216,20 +217,49 @@ def _by_cg(
     )
 
 
-def _nystroem(kernel: Any, ridge: float, apply, n: int, dtype, rank: int | None):
-    """A preconditioner and its rank."""
+def _preconditioned(
+    kernel: Any, ridge: float, apply: Apply, n: int, preconditioner: Any
+) -> tuple[Apply, str]:
+    """An approximate inverse, and what the result calls the method."""
+    if preconditioner is None or (preconditioner == "auto" and n <= 64):
+        return lambda v: v, "cg"
+    if callable(preconditioner):
+        given: Any = preconditioner
+        return given, "cg"
+    rank = preconditioner if isinstance(preconditioner, int) else None
     if isinstance(kernel, jax.Array):
         # Reading r columns and orthogonalising costs n r²; an iteration n² per right-hand side.
         limit = rank or int(min(n // 2, max(100, n // 16)))
         factor = nystroem.columns_of(kernel, ridge, limit)
     else:
-        factor = nystroem.sketch_of(apply, n, dtype, ridge, rank or min(n // 2, 256))
-    return nystroem.preconditioner(factor, ridge), factor.shape[1]
+        bare = lambda v: apply(v) - ridge * v
+        dtype = jnp.dtype(kernel.dtype)
+        factor = nystroem.sketch_of(bare, n, dtype, ridge, rank or min(n // 2, 256))
+    return nystroem.preconditioner(factor, ridge), f"cg, Nyström rank {factor.shape[1]}"
+
+
+def _residual64(
+    kernel: Any, apply: Apply, ridge: float, target: np.ndarray
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The function x -> target − (K + ridge·I) x in float64, as well as the kernel allows."""
+    if isinstance(kernel, jax.Array):
+        host = np.asarray(kernel)
+        return lambda x: target - product64(host, x) - ridge * x
+
+    def residual_of(x: np.ndarray) -> np.ndarray:
+        high = jnp.asarray(x, kernel.dtype)
+        low = jnp.asarray(x - np.asarray(high, np.float64), kernel.dtype)
+        image = np.asarray(apply(high), np.float64)
+        if np.any(np.asarray(low)):
+            image = image + np.asarray(apply(low), np.float64)
+        return target - image
+
+    return residual_of
 
 
 def _cg_eagerly(
     kernel: Any,
-    apply: Callable[[Array], Array],
+    apply: Apply,
     y: Array,
     ridge: float,
     rtol: float | None,
@@ -238,74 +268,24 @@ def _cg_eagerly(
     progress: Callable[[int, float], None] | None,
 ) -> Solution:
     n, dtype = y.shape[0], jnp.dtype(kernel.dtype)
-    dense = isinstance(kernel, jax.Array)
     target = np.asarray(y, np.float64)
     if not np.isfinite(target).all():
         return solution("cg", jnp.full_like(y, jnp.nan), status=NOT_FINITE)
-    label = "cg"
-    inverse: Any
-    if preconditioner is None or (preconditioner == "auto" and n <= 64):
-        inverse = lambda v: v
-    elif callable(preconditioner):
-        inverse = preconditioner
-    else:
-        rank = preconditioner if isinstance(preconditioner, int) else None
-        bare = lambda v: apply(v) - ridge * v
-        inverse, found = _nystroem(kernel, ridge, bare, n, dtype, rank)
-        label = f"cg, Nyström rank {found}"
-    host = np.asarray(kernel) if dense else None
-
-    def residual_of(x: np.ndarray) -> np.ndarray:
-        if host is not None:
-            return target - product64(host, x) - ridge * x
-        high = jnp.asarray(x, dtype)
-        low = jnp.asarray(x - np.asarray(high, np.float64), dtype)
-        image = np.asarray(apply(high), np.float64)
-        if np.any(np.asarray(low)):
-            image = image + np.asarray(apply(low), np.float64)
-        return target - image
-
-    sizes = np.linalg.norm(target, axis=0)
-    scale = np.where(sizes > 0, sizes, 1)
-    x, residual, done = np.zeros(target.shape), target, 0
-    best, status, out = np.inf, NOT_CONVERGED, None
-    default, rtol = rtol is None, 1e-6 if rtol is None else rtol
-    # Inner solves in the kernel's precision, restarted on residuals in float64: a recurrence in
-    # float32 alone stops at 1e-5 or so, wherever its own residual says it is.
-    inner = 1e-4 if dtype == jnp.float32 else 1e-10
-    while done < max_iterations:
-        now = np.linalg.norm(residual, axis=0)
-        unit = np.where(now > 0, now, 1)
-        goal = np.maximum(0.5 * rtol * scale / unit, inner)
-        out = cg.run_eagerly(
-            apply,
-            jnp.asarray(residual / unit, dtype),
-            inverse,
-            goal,
-            max_iterations - done,
-            progress,
-            scale / unit,
-            done,
-        )
-        done += out.iterations
-        if out.indefinite:
-            status = NOT_POSITIVE_DEFINITE
-            break
-        trial = x + np.asarray(out.x, np.float64) * unit
-        residual = residual_of(trial)
-        size = float(dense_solve.relative(residual, target))
-        if not size < best:
-            break
-        stalled, best, x = size > 0.7 * best, size, trial
-        if best <= rtol:
-            status = CONVERGED
-            break
-        if stalled:
-            break
-    if status == NOT_CONVERGED and default and not dense and done < max_iterations:
+    inverse, label = _preconditioned(kernel, ridge, apply, n, preconditioner)
+    residual_of = _residual64(kernel, apply, ridge, target)
+    wanted = 1e-6 if rtol is None else rtol
+    x, best, done, out, status = _restarted(
+        apply, inverse, residual_of, target, dtype, wanted, max_iterations, progress
+    )
+    if (
+        status == NOT_CONVERGED
+        and rtol is None
+        and not isinstance(kernel, jax.Array)
+        and done < max_iterations
+    ):
         # Products with a float32 operator are no better than its rounding: that is as far as the
         # default asks to go. The residual in the result says how far that is.
-        size = float(np.max(np.linalg.norm(x, axis=0) / scale)) * _norm(apply, n, dtype)
+        size = dense_solve.relative(x, target) * _norm(apply, n, dtype)
         status = CONVERGED if best <= 16 * float(jnp.finfo(dtype).eps) * size else status
     smallest = needed = np.nan
     if status == NOT_POSITIVE_DEFINITE and out is not None:
@@ -326,6 +306,56 @@ def _cg_eagerly(
         smallest_eigenvalue=smallest,
         needed_ridge=needed,
     )
+
+
+def _restarted(
+    apply: Apply,
+    inverse: Apply,
+    residual_of: Callable[[np.ndarray], np.ndarray],
+    target: np.ndarray,
+    dtype: Any,
+    rtol: float,
+    max_iterations: int,
+    progress: Callable[[int, float], None] | None,
+) -> tuple[np.ndarray, float, int, cg.Outcome | None, int]:
+    """Conjugate gradients in the kernel's precision, restarted on residuals in float64.
+
+    A recurrence in float32 alone stops at 1e-5 or so, wherever its own residual says it is. Returns
+    the solution, its relative residual, iterations, the last run's outcome and the status.
+    """
+    sizes = np.linalg.norm(target, axis=0)
+    scale = np.where(sizes > 0, sizes, 1)
+    x, residual, done = np.zeros(target.shape), target, 0
+    best, out = np.inf, None
+    inner = 1e-4 if dtype == jnp.float32 else 1e-10
+    while done < max_iterations:
+        now = np.linalg.norm(residual, axis=0)
+        unit = np.where(now > 0, now, 1)
+        goal = np.maximum(0.5 * rtol * scale / unit, inner)
+        out = cg.run_eagerly(
+            apply,
+            jnp.asarray(residual / unit, dtype),
+            inverse,
+            goal,
+            max_iterations - done,
+            progress,
+            scale / unit,
+            done,
+        )
+        done += int(out.iterations)
+        if out.indefinite:
+            return x, best, done, out, NOT_POSITIVE_DEFINITE
+        trial = x + np.asarray(out.x, np.float64) * unit
+        residual = residual_of(trial)
+        size = float(dense_solve.relative(residual, target))
+        if not size < best:
+            break
+        stalled, best, x = size > 0.7 * best, size, trial
+        if best <= rtol:
+            return x, best, done, out, CONVERGED
+        if stalled:
+            break
+    return x, best, done, out, NOT_CONVERGED
 
 
 def _norm(apply: Callable[[Array], Array], n: int, dtype: Any, steps: int = 5) -> float:

@@ -2,13 +2,17 @@
 
 Tiles have the size asked for and the last ones are ragged: no divisor is looked for. A kernel of a
 set with itself is symmetric, so where `x2 is None` only the tiles on and below the diagonal are
-computed and the others are their mirror images.
+computed and the others are their mirror images. Of bare arrays with more than two axes all tiles
+are computed: a mirror image exchanges the two indices of each pair of axes, and from an array
+(n1, n2, a, b) nobody can tell whether a and b are a pair (all outputs of an empirical kernel) or
+two axes of which the diagonal was kept. A `Kernel` knows.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +25,7 @@ from jax import random
 from tangents._core.memory import chunks
 from tangents._core.typing import Array, PyTree
 from tangents._infinite.kernel import Kernel
+from tangents._scale.host_array import aligned, taken_over
 
 KernelFn = Callable[..., Any]
 
@@ -89,7 +94,7 @@ def batch(
         rows, columns = _tiling(n1, n2, batch_size, len(spread))
         if len(rows) * len(columns) <= 1 and not spread:
             return run(x1, x2, dynamic_args, dynamic)
-        tile = _TileRunner(run, x1, x2, dynamic_args, dynamic, spread, len(rows) * len(columns))
+        tile = _TileRunner(run, x1, x2, dynamic_args, dynamic, spread, rows, columns)
         return _assemble(tile, rows, columns, store_on_device)
 
     if len(spread) > 0:
@@ -142,27 +147,30 @@ def _tiling(n1: int, n2: int, batch_size: int, devices: int) -> tuple[list[slice
 class _TileRunner:
     """Computes one tile, on the device whose turn it is."""
 
-    def __init__(self, run, x1, x2, args, kwargs, devices, tiles: int):
-        self.run, self.x1, self.x2, self.args = run, x1, x2, args
+    def __init__(self, run, x1, x2, args, kwargs, devices, rows, columns):
+        self.run, self.x1, self.args = run, x1, args
         self.symmetric = x2 is None and not isinstance(x1, Kernel)
         self.kwargs, self.devices, self.turn = kwargs, devices, 0
         self.keys = None
         if kwargs.get("rng") is not None and not isinstance(kwargs["rng"], tuple):
-            self.keys = random.split(kwargs["rng"], tiles)
+            self.keys = random.split(kwargs["rng"], len(rows) * len(columns))
+        if not isinstance(x1, Kernel):
+            self.parts1 = _cut(x1, rows)
+            shared = self.symmetric and rows == columns
+            self.parts2 = self.parts1 if shared else _cut(x1 if x2 is None else x2, columns)
 
     def __call__(self, row: slice, column: slice) -> Any:
-        part = lambda x, s: jax.tree.map(lambda a: a[s], x)
         if isinstance(self.x1, Kernel):
             x1, x2 = self.x1.slice(row, column), None
-        elif self.symmetric and row == column:
-            x1, x2 = part(self.x1, row), None
         else:
-            x1, x2 = part(self.x1, row), part(self.x1 if self.symmetric else self.x2, column)
+            x1 = self.parts1[row.start]
+            x2 = None if self.symmetric and row == column else self.parts2[column.start]
         kwargs = {}
         for name, value in self.kwargs.items():
             if name == "rng":
                 kwargs[name] = value if self.keys is None else self.keys[self.turn]
             elif isinstance(value, tuple) and len(value) == 2:
+                part = lambda x, s: jax.tree.map(lambda a: a[s], x)
                 kwargs[name] = (part(value[0], row), part(value[1], column))
             else:
                 raise ValueError(
@@ -176,6 +184,17 @@ class _TileRunner:
         return self.run(*inputs)
 
 
+def _cut(x: PyTree, parts: list[slice]) -> dict[int, PyTree]:
+    """The rows of each part by its start: once for all tiles, in one program."""
+    bounds = tuple((part.start, part.stop) for part in parts)
+    return dict(zip([part.start for part in parts], _cut_compiled(x, bounds)))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cut_compiled(x: PyTree, bounds: tuple[tuple[int, int], ...]) -> list[PyTree]:
+    return [jax.tree.map(lambda a, part=slice(*b): a[part], x) for b in bounds]
+
+
 def _assemble(
     tile: _TileRunner, rows: list[slice], columns: list[slice], store_on_device: bool
 ) -> Any:
@@ -183,27 +202,78 @@ def _assemble(
     first = tile(rows[0], columns[0])
     leaves, structure = _flatten(first)
     mirror = tile.symmetric and rows == columns and all(_can_mirror(leaf) for leaf in leaves)
-    grid: list[list[list[Any]]] = []  # [row][column][leaf]
+    wholes = [_Whole(leaf, rows, columns, store_on_device) for leaf in leaves]
+    # A tile is fetched after the next ones have been handed to their devices.
+    waiting = deque([(0, 0, leaves)])
+
+    def fetch() -> None:
+        i, j, found = waiting.popleft()
+        for whole, leaf in zip(wholes, found):
+            whole.put(i, j, leaf)
+            if mirror and i != j:
+                whole.put(j, i, _mirrored(leaf))
+
     for i, row in enumerate(rows):
-        line = []
         for j, column in enumerate(columns):
-            if i == j == 0:
-                found = leaves
-            elif mirror and j > i:
-                found = [None] * len(leaves)
-            else:
-                found = _flatten(tile(row, column))[0]
-            line.append([_stored(leaf, store_on_device) for leaf in found])
-        grid.append(line)
-    if mirror:
-        for i in range(len(rows)):
-            for j in range(i + 1, len(rows)):
-                grid[i][j] = [_mirrored(leaf) for leaf in grid[j][i]]
-    merged = [
-        _merge([[cell[m] for cell in line] for line in grid], tile.symmetric)
-        for m in range(len(leaves))
-    ]
-    return jax.tree.unflatten(structure, merged)
+            if i == j == 0 or (mirror and j > i):
+                continue
+            waiting.append((i, j, _flatten(tile(row, column))[0]))
+            if len(waiting) > max(1, len(tile.devices)):
+                fetch()
+    while waiting:
+        fetch()
+    return jax.tree.unflatten(structure, [whole.merged(tile.symmetric) for whole in wholes])
+
+
+class _Whole:
+    """One leaf of the result, an array or a `Kernel`, put together tile by tile."""
+
+    def __init__(self, first: Any, rows: list[slice], columns: list[slice], on_device: bool):
+        self.kernel = isinstance(first, Kernel)
+        if not self.kernel and (not hasattr(first, "ndim") or first.ndim < 2):
+            raise TypeError(
+                f"batch: kernel_fn returned a {type(first).__name__}; tiles need arrays of shape "
+                "(n1, n2, ...), Kernels, or named tuples and lists of these."
+            )
+        self.rows, self.columns, self.on_device = rows, columns, on_device
+        self.grid: list[list[Any]] = [[None] * len(columns) for _ in rows]
+        names = [n for n in ("nngp", "ntk") if self.kernel and jnp.ndim(getattr(first, n)) >= 2]
+        self.parts = {n: _Whole(getattr(first, n), rows, columns, on_device) for n in names}
+        self.out: np.ndarray | None = None
+        if not self.kernel and _in_host_memory(first, on_device):
+            # Written where it belongs at once, and taken over by JAX without a copy.
+            shape = (rows[-1].stop, columns[-1].stop, *first.shape[2:])
+            self.out = aligned(shape, first.dtype)
+
+    def put(self, i: int, j: int, leaf: Any) -> None:
+        """Tile (i, j)."""
+        if self.kernel:
+            for name, whole in self.parts.items():
+                whole.put(i, j, getattr(leaf, name))
+            leaf = leaf.replace(**dict.fromkeys(self.parts))
+        if self.out is not None:
+            self.out[self.rows[i], self.columns[j]] = leaf
+        else:
+            self.grid[i][j] = _stored(leaf, self.on_device)
+
+    def merged(self, symmetric: bool) -> Any:
+        """All tiles as one."""
+        if self.kernel:
+            arrays = {name: whole.merged(symmetric) for name, whole in self.parts.items()}
+            return _merge_kernels(self.grid, symmetric).replace(**arrays)
+        if self.out is not None:
+            return taken_over(self.out)
+        lines = self.grid
+        if not any(isinstance(a, jax.core.Tracer) for line in lines for a in line):
+            target = lines[0][0].devices().copy().pop()
+            lines = [[jax.device_put(a, target) for a in line] for line in lines]
+        return jnp.concatenate([jnp.concatenate(line, axis=1) for line in lines], axis=0)
+
+
+def _in_host_memory(leaf: Any, on_device: bool) -> bool:
+    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
+        return False
+    return not on_device or all(d.platform == "cpu" for d in leaf.devices())
 
 
 def _flatten(result: Any) -> tuple[list[Any], Any]:
@@ -246,49 +316,10 @@ def _mirrored(leaf: Any) -> Any:
     )
 
 
-def _merge(grid: list[list[Any]], symmetric: bool) -> Any:
-    """One leaf of all tiles, put together."""
-    if isinstance(grid[0][0], Kernel):
-        return _merge_kernels(grid, symmetric)
-    if not hasattr(grid[0][0], "ndim") or grid[0][0].ndim < 2:
-        raise TypeError(
-            f"batch: kernel_fn returned a {type(grid[0][0]).__name__}; tiles need arrays of shape "
-            "(n1, n2, ...), Kernels, or named tuples and lists of these."
-        )
-    return _merge_arrays(grid)
-
-
-def _merge_arrays(grid: list[list[Array]]) -> Array:
-    flat = [a for line in grid for a in line]
-    if any(isinstance(a, jax.core.Tracer) for a in flat):
-        return jnp.concatenate([jnp.concatenate(line, axis=1) for line in grid], axis=0)
-    devices = {d for a in flat for d in a.devices()}
-    if any(d.platform != "cpu" for d in devices):
-        target = grid[0][0].devices().copy().pop()
-        line = [jnp.concatenate([jax.device_put(a, target) for a in row], axis=1) for row in grid]
-        return jnp.concatenate(line, axis=0)
-    # On the host tiles are written where they belong, without copies of whole rows in between.
-    n1 = sum(line[0].shape[0] for line in grid)
-    n2 = sum(a.shape[1] for a in grid[0])
-    out = np.empty((n1, n2, *grid[0][0].shape[2:]), grid[0][0].dtype)
-    top = 0
-    for line in grid:
-        left = 0
-        for a in line:
-            out[top : top + a.shape[0], left : left + a.shape[1]] = a
-            left += a.shape[1]
-        top += line[0].shape[0]
-    return jnp.asarray(out)
-
-
 def _merge_kernels(grid: list[list[Kernel]], symmetric: bool) -> Kernel:
+    """The kernels of all tiles but for `nngp` and `ntk`, which are arrays of their own."""
     corner = grid[0][0]
     column, row = [line[0] for line in grid], grid[0]
-
-    def both(name: str) -> Any:
-        values = [[getattr(k, name) for k in line] for line in grid]
-        first = values[0][0]
-        return first if first is None or jnp.ndim(first) < 2 else _merge_arrays(values)
 
     def beside(values: list[Any]) -> Any:
         return None if any(v is None for v in values) else jnp.concatenate(values, axis=0)
@@ -307,8 +338,6 @@ def _merge_kernels(grid: list[list[Kernel]], symmetric: bool) -> Kernel:
         cov2 = beside([k.cov2 for k in row])
     same = [jnp.asarray(k.x1_is_x2) for line in grid for k in line]
     return corner.replace(
-        nngp=both("nngp"),
-        ntk=both("ntk"),
         cov1=cov1,
         cov2=cov2,
         x1_is_x2=jnp.asarray(True) if symmetric else jnp.all(jnp.stack(same)),
