@@ -121,6 +121,26 @@ def in_pairs(
     return Form("pairs", work, entries, tuple(pairs))
 
 
+def at_output(
+    uses1: Sequence[tuple[int, Use]],
+    uses2: Sequence[tuple[int, Use]],
+    root: Root,
+    extent: Extent,
+    same: bool,
+) -> Form:
+    """Uses whose cotangents are unit vectors: a product of activations alone."""
+    pairs = tuple(
+        (i, j, "unit")
+        for i, first in uses1
+        for j, second in uses2
+        if not (same and j < i) and not contraction.apart(first, second, root)
+    )
+    examples = extent.examples1 * extent.examples2
+    entries = float(examples * extent.kept * extent.output1 * extent.output2)
+    summed = max(math.prod(use.sizes[k] for k in use.activation or ()) for _, use in uses1)
+    return Form("unit", len(pairs) * (entries + examples * summed), entries, pairs)
+
+
 def _gram(
     labels: PairLabels, sizes: dict[int, int], layout: Layout, equality: bool
 ) -> tuple[float, float]:
@@ -208,6 +228,41 @@ def _values(plan: Plan) -> tuple[int, int]:
             total, largest = total + times * below, max(largest, widest)
         total, largest = total + sum(sizes), max(largest, *sizes, 0)
     return total, largest
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Multiply-adds of a forward pass on one example (on the batch, if nothing is promised)."""
+
+    total: float
+    convolutions: float
+
+
+def forward_work(plan: Plan) -> Forward:
+    """Of the steps of a plan; matrix products and convolutions by what they sum, others by size."""
+    total = convolutions = 0.0
+    for index, step in enumerate(plan.graph.steps):
+        action, times = plan.actions.get(index), 1
+        inner: list[Plan] = []
+        if isinstance(action, Loop):
+            inner, times = [action.body], step.params["length"]
+        elif isinstance(action, Branches):
+            inner = action.branches[:1]
+        for body in inner:
+            below = forward_work(body)
+            total += times * below.total
+            convolutions += times * below.convolutions
+        size = sum(math.prod(ref.shape) for ref in step.outputs)
+        if step.name == "dot_general":
+            (summed, _), _ = step.params["dimension_numbers"]
+            size *= math.prod(step.inputs[0].shape[a] for a in summed)
+        elif step.name == "conv_general_dilated":
+            out_axis = step.params["dimension_numbers"].rhs_spec[0]
+            kernel = step.inputs[1].shape
+            size *= math.prod(n for k, n in enumerate(kernel) if k != out_axis)
+            convolutions += size
+        total += size
+    return Forward(total, convolutions)
 
 
 def working_bytes(

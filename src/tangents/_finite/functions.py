@@ -48,11 +48,13 @@ def empirical_ntk_fn(
         trace_axes: output axes over which the kernel is averaged: Σₖ Θ[.., k, k] / K. The default
             averages over the logits. Pass `()` for the full kernel.
         diagonal_axes: output axes of which only the diagonal pairs are kept.
-        vmap_axes: a promise that examples along this axis do not interact, which makes the kernel
-            cheaper: None (nothing promised), an int (that axis of every input and output), or a
-            triple `(in_axes, out_axes, kwargs_axes)` of prefix trees for `x`, for the output and a
-            dictionary for keyword arguments. `f` then sees one example at a time, its axis kept.
-        implementation: the method, an `NtkImplementation`, its number or its name.
+        vmap_axes: axes along which examples do not interact, which makes the kernel cheaper: None
+            (found out from `f` for the first axis; what is not sure counts as interacting), an int
+            (that axis of every input and output), or a triple `(in_axes, out_axes, kwargs_axes)`
+            of prefix trees for `x`, for the output and a dictionary for keyword arguments. `f`
+            then sees one example at a time, its axis kept.
+        implementation: the method, an `NtkImplementation`, its number or its name; AUTO takes the
+            cheapest by the shapes of `f`.
         _j_rules: structured derivatives only: False takes every use of a weight as a whole.
         _s_rules: structured derivatives only: False pulls gradients back through transposes,
             slices and scalings of a weight instead of following them.
@@ -73,9 +75,9 @@ def empirical_ntk_fn(
         inputs and folded for different ones. Nothing is compiled here: wrap it in `jax.jit`.
 
     Raises:
-        ValueError: for axes or `vmap_axes` that do not fit the output of `f`; the message has the
-            shapes.
-            A memory budget below the smallest chunk is an error with the bytes that are needed.
+        ValueError: for axes or `vmap_axes` that do not fit the output of `f`, or that `f` surely
+            breaks; for a budget below the smallest chunk, with the bytes that are needed; for a
+            kernel that the device cannot hold, with the sizes.
         NotImplementedError: for a `while` loop between parameters and output: it has no reverse
             mode.
 
@@ -106,6 +108,7 @@ def empirical_ntk_fn(
             vmap_axes=vmap_axes,
             precision=precision,
             caller=caller,
+            find_examples=True,
         )
         axes = problem.pair_axes(trace_axes, diagonal_axes)
         return problem.result(compute(problem, method, axes))

@@ -15,14 +15,14 @@ from jax import tree_util
 from tangents import frontends
 from tangents._core.axes import PairAxes
 from tangents._core.kwargs import merge_equal_pairs
-from tangents._core.memory import chunk_size, chunks, resolve_budget
+from tangents._core.memory import MemoryLike, chunk_size, chunks, resolve_budget
 from tangents._core.precision import PrecisionLike
 from tangents._core.trees import describe
 from tangents._core.typing import ApplyFn, Array, Axes, PyTree, VMapAxes
 from tangents._finite.functions import compute
 from tangents._finite.implementation import NtkImplementation
 from tangents._finite.linearised import Linearised, Program, Rebuild, split_dynamic
-from tangents._finite.methods import get_method, structured_derivatives
+from tangents._finite.methods import Method, auto, get_method, structured_derivatives
 from tangents._finite.problem import Problem, make_problem
 from tangents._finite.vector_product import as_real
 
@@ -36,6 +36,7 @@ def ntk_operator(
     vmap_axes: VMapAxes = None,
     implementation: NtkImplementation | int | str = NtkImplementation.AUTO,
     precision: PrecisionLike = None,
+    memory: MemoryLike = None,
     **apply_fn_kwargs: Any,
 ) -> NTKOperator:
     r"""The neural tangent kernel of a finite network as a linear operator.
@@ -53,9 +54,10 @@ def ntk_operator(
         x1: inputs on the left.
         x2: inputs on the right; None stands for x1 and makes the operator symmetric, unless a
             keyword argument is a pair of different values.
-        vmap_axes: promise of independent examples, for the dense results (`empirical_ntk_fn`).
+        vmap_axes: axes of independent examples, for the dense results (`empirical_ntk_fn`).
         implementation: method of the dense results.
         precision: of Gram contractions: None (highest), or a `jax.lax.Precision` or its name.
+        memory: budget of the dense results, as in `empirical_ntk_fn`.
         **apply_fn_kwargs: keyword arguments of `f`, split between x1 and x2 as in
             `empirical_ntk_fn`.
 
@@ -78,9 +80,9 @@ def ntk_operator(
     f = frontends.as_apply_fn(f)
     params, x1, x2 = frontends.as_jax((params, x1, x2))
     options = _Options(
-        f, vmap_axes, NtkImplementation.parse(implementation, caller=caller), precision
+        f, vmap_axes, NtkImplementation.parse(implementation, caller=caller), precision, memory
     )
-    get_method(options.implementation, caller=caller)
+    options.method(caller)
     kwargs = merge_equal_pairs(apply_fn_kwargs) if x2 is None else apply_fn_kwargs
     # NumPy scalars among them say how to compute (train=np.bool_(True)), they are no data.
     kwargs = tree_util.tree_map(lambda v: v.item() if isinstance(v, np.generic) else v, kwargs)
@@ -220,7 +222,7 @@ class NTKOperator:
         # Outputs of several arrays have cross terms, which only products see.
         columns = self.shape[1]
         per_column = sum(leaf.nbytes for leaf in self._problem().leaves)
-        size = chunk_size(columns, per_column, resolve_budget(None))
+        size = chunk_size(columns, per_column, resolve_budget(self._programs.options.memory))
         identity = jnp.eye(columns, dtype=self.dtype)
         blocks = [self @ identity[:, part] for part in chunks(columns, size)]
         full = jnp.concatenate(blocks, axis=1) if blocks else jnp.zeros(self.shape, self.dtype)
@@ -228,20 +230,22 @@ class NTKOperator:
         return lower + jnp.tril(full, -1).T if self.is_symmetric else full
 
     def explain(self, trace_axes: Axes = (-1,), diagonal_axes: Axes = ()) -> str:
-        """How structured derivatives would compute the dense kernel: nothing is computed.
+        """How the dense kernel would be computed: nothing is computed.
 
         Args:
             trace_axes: output axes to average over.
             diagonal_axes: output axes of which only the diagonal pairs are kept.
 
         Returns:
-            A table for each output: for each weight its uses, how they are contracted, the work in
-            multiply-adds and the bytes of intermediate results at once, and, where a use has no
-            factored form, why the derivative in the whole weight is taken. The last line says how
-            many examples and outputs are worked on at once.
+            For AUTO the methods with their estimates, an arrow at the one that is taken. Then, of
+            structured derivatives, a table for each output: for each weight its uses, how they are
+            contracted, the work in multiply-adds and the bytes of intermediate results at once,
+            and, where a use has no factored form, why the derivative in the whole weight is taken.
+            The last line says how many examples and outputs are worked on at once.
         """
-        problem = self._problem()
-        return structured_derivatives.explain(problem, problem.pair_axes(trace_axes, diagonal_axes))
+        problem = self._programs.problem(self._dynamic, self._flip, dense=True)
+        axes = problem.pair_axes(trace_axes, diagonal_axes)
+        return self._programs.options.explain(problem, axes)
 
     def diagonal(self) -> Array:
         """The diagonal ∂fᵢ(x1)/∂θ · ∂fᵢ(x2)/∂θ, shape `(shape[0],)`, without the matrix."""
@@ -324,13 +328,30 @@ class _Options:
     vmap_axes: VMapAxes
     implementation: NtkImplementation
     precision: PrecisionLike
+    memory: MemoryLike
+
+    @property
+    def structured(self) -> structured_derivatives.Options:
+        """Options of the methods that take any."""
+        return structured_derivatives.Options(memory=self.memory)
+
+    def method(self, caller: str) -> Method:
+        """The method of the dense results."""
+        return get_method(self.implementation, caller=caller, options=self.structured)
+
+    def explain(self, problem: Problem, axes: list[PairAxes]) -> str:
+        """Its plan."""
+        method = structured_derivatives
+        if self.implementation is NtkImplementation.AUTO:
+            method = auto
+        return method.explain(problem, axes, self.structured)
 
 
 class _Programs:
     """Everything about an operator that is not an array: shapes and compiled functions."""
 
     def __init__(self, options: _Options, rebuild: Rebuild, dynamic: list[Array]):
-        self._options, self.rebuild = options, rebuild
+        self.options, self.rebuild = options, rebuild
         self._avals = _avals(dynamic)
         problem = self.problem(dynamic)
         self.symmetric = problem.symmetric
@@ -347,10 +368,13 @@ class _Programs:
         """Whether inputs differ from these only in the values of their arrays."""
         return _avals(dynamic) == self._avals and rebuild.same_static(self.rebuild)
 
-    def problem(self, dynamic: list[Array], flip: bool = False) -> Problem:
-        """The checked problem of these inputs; `flip` exchanges x1 and x2."""
+    def problem(self, dynamic: list[Array], flip: bool = False, dense: bool = False) -> Problem:
+        """The checked problem of these inputs; `flip` exchanges x1 and x2.
+
+        `dense`: for the dense kernel, to which it matters whether examples are independent.
+        """
         params, x1, x2, kwargs = self.rebuild(dynamic)
-        options = self._options
+        options = self.options
         problem = make_problem(
             options.f,
             x1,
@@ -360,6 +384,7 @@ class _Programs:
             vmap_axes=options.vmap_axes,
             precision=options.precision,
             caller="ntk_operator",
+            find_examples=dense,
         )
         return replace(problem, side1=problem.side2, side2=problem.side1) if flip else problem
 
@@ -372,9 +397,9 @@ class _Programs:
     def dense(self, flip: bool, axes: tuple[PairAxes, ...]) -> Any:
         """Compiled function from the inputs to the kernels of each output."""
         if (flip, axes) not in self._dense:
-            method = get_method(self._options.implementation, caller="NTKOperator.materialise")
+            method = self.options.method("NTKOperator.materialise")
             self._dense[flip, axes] = jax.jit(
-                lambda dynamic: compute(self.problem(dynamic, flip), method, list(axes))
+                lambda dynamic: compute(self.problem(dynamic, flip, dense=True), method, list(axes))
             )
         return self._dense[flip, axes]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -18,18 +18,8 @@ from tangents._core.axes import PairAxes
 from tangents._core.kwargs import is_pair, merge_equal_pairs, split_kwargs
 from tangents._core.trees import Partition
 from tangents._core.typing import ApplyFn, Array, Axes, PyTree, VMapAxes
-from tangents._core.vmap_axes import VMapSpec
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two inputs of a kernel."""
-
-    x: PyTree
-    kwargs: dict[str, Any]
-    outputs: list[jax.ShapeDtypeStruct]
-    """Shape and dtype of each output leaf."""
-    vmap: VMapSpec | None
+from tangents._finite import examples
+from tangents._finite.side import Side
 
 
 @dataclass(frozen=True)
@@ -83,8 +73,13 @@ def make_problem(
     precision: precision_policy.PrecisionLike = None,
     caller: str,
     differentiates: bool = True,
+    find_examples: bool = False,
 ) -> Problem:
-    """Check a kernel's inputs and bring them into the form that methods take."""
+    """Check a kernel's inputs and bring them into the form that methods take.
+
+    `find_examples`: where no `vmap_axes` are given, find out whether examples along the first axis
+    are independent; if they surely are, go on as if `vmap_axes=0` had been given.
+    """
     if x1 is None:
         raise ValueError(f"{caller}: x1 is None; only x2 may be, and then it stands for x1.")
     # A model in place of a function, and tensors of its framework in place of arrays.
@@ -117,16 +112,24 @@ def make_problem(
                     f"{y.shape}; kernels are defined for real floating-point outputs. Return real "
                     "and imaginary parts as separate outputs, or cast."
                 )
-        spec = None
-        if vmap_axes is not None:
-            spec = vmapping.resolve(
-                vmap_axes, x, kw, outputs, structure["tree"], caller=caller, argument=argument
+        known = Side(x, kw, outputs, None)
+        if vmap_axes is None:
+            return known
+        spec = vmapping.resolve(
+            vmap_axes, x, kw, outputs, structure["tree"], caller=caller, argument=argument
+        )
+        one_example = lambda leaves: flat(leaves, *spec.take(x, kw, slice(0, 1)))
+        vmapping.check_examples(
+            spec, one_example, partition.leaves, outputs, caller=caller, argument=argument
+        )
+        finding = examples.examine_promise(flat, partition.leaves, known, spec)
+        if finding.mixes:
+            raise ValueError(
+                f"{caller}: vmap_axes={vmap_axes!r} promises that examples do not interact, but in "
+                f"f(params, {argument}) they do: {finding.reason}. Pass vmap_axes=None: whether "
+                "they are independent is then found out."
             )
-            one_example = lambda leaves: flat(leaves, *spec.take(x, kw, slice(0, 1)))
-            vmapping.check_examples(
-                spec, one_example, partition.leaves, outputs, caller=caller, argument=argument
-            )
-        return Side(x, kw, outputs, spec)
+        return replace(known, vmap=spec)
 
     side1 = side(x1, kwargs1, "x1")
     tree1 = structure["tree"]
@@ -136,6 +139,14 @@ def make_problem(
             f"{caller}: f(params, x1) and f(params, x2) have different structures: {tree1} and "
             f"{structure['tree']}."
         )
+    if vmap_axes is None and find_examples:
+        specs = [
+            examples.find(flat, partition.leaves, known, tree1)
+            for known in ((side1,) if symmetric else (side1, side2))
+        ]
+        if None not in specs:
+            side1, side2 = replace(side1, vmap=specs[0]), replace(side2, vmap=specs[-1])
+            side2 = side1 if symmetric else side2
     return Problem(
         f=flat,
         leaves=partition.leaves,

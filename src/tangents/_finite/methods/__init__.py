@@ -14,6 +14,7 @@ from tangents._core.axes import PairAxes
 from tangents._core.typing import Array
 from tangents._finite.implementation import NtkImplementation
 from tangents._finite.methods import (
+    auto,
     jacobian_contraction,
     ntk_vector_products,
     structured_derivatives,
@@ -24,10 +25,7 @@ Method: TypeAlias = Callable[[Problem, list[PairAxes]], list[Array]]
 """Kernel of each output leaf, in the layout of its `PairAxes`, not yet symmetrised."""
 
 REGISTRY: dict[NtkImplementation, Method] = {
-    # Its forms for each weight include the per-example gradients of Jacobian contraction. An
-    # NTK-vector product costs a multiply-add for each use of a weight at each example and output
-    # of both sides, which for all weights but tables read by rows is no less than these.
-    NtkImplementation.AUTO: structured_derivatives.kernels,
+    NtkImplementation.AUTO: auto.kernels,
     NtkImplementation.JACOBIAN_CONTRACTION: jacobian_contraction.kernels,
     NtkImplementation.NTK_VECTOR_PRODUCTS: ntk_vector_products.kernels,
     NtkImplementation.STRUCTURED_DERIVATIVES: structured_derivatives.kernels,
@@ -45,12 +43,12 @@ def get_method(
     Raises:
         ValueError: for a memory budget with a method that does not work in chunks.
     """
-    method = REGISTRY[implementation]
-    if method is structured_derivatives.kernels:
-        return functools.partial(structured_derivatives.kernels, options=options)
+    for planned in (auto, structured_derivatives):
+        if REGISTRY[implementation] is planned.kernels:
+            return functools.partial(planned.kernels, options=options)
     if options is not None and options.memory is not None:
         raise ValueError(
             f"{caller}: memory={options.memory!r} needs implementation=AUTO (0) or "
             f"STRUCTURED_DERIVATIVES (3): {implementation.name} does not work in chunks."
         )
-    return method
+    return REGISTRY[implementation]

@@ -22,7 +22,8 @@ from tangents._core import precision
 from tangents._core.axes import PairAxes
 from tangents._core.typing import Array
 from tangents._core.vmap_axes import VMapSpec
-from tangents._finite.problem import Problem, Side
+from tangents._finite.problem import Problem
+from tangents._finite.side import Side
 
 BLOCK = 4096
 """Parameters contracted at a time."""

@@ -17,14 +17,21 @@ import numpy as np
 from jax import lax
 
 from tangents._core.axes import PairAxes
-from tangents._core.memory import MemoryLike, format_bytes, resolve_budget
+from tangents._core.memory import MemoryLike, format_bytes, free_bytes, resolve_budget
 from tangents._core.typing import Array
 from tangents._finite import cost
 from tangents._finite.cost import Extent, Footprint, Form
 from tangents._finite.problem import Problem
-from tangents._finite.structure import terms
+from tangents._finite.structure import heads, terms
 from tangents._finite.structure.contraction import Layout
+from tangents._finite.structure.heads import Head, OutputAxes
 from tangents._finite.structure.passes import Passes, Traced
+from tangents._finite.structure.terms import SideTerms
+
+CACHE = 2**24
+"""Bytes: working memory beyond which outputs are taken in chunks (see `LeafKernel._in_cache`)."""
+ROWS = 256
+"""Rows (examples, outputs, positions) of a chunk's matrix products: no fewer than half of it."""
 
 
 @dataclass(frozen=True)
@@ -47,24 +54,23 @@ class Options:
 
 def kernels(problem: Problem, axes: list[PairAxes], options: Options | None = None) -> list[Array]:
     """Kernel of each output leaf."""
-    options = options or Options()
-    trace = lambda side: Traced(problem, side, factor=options.factor, follow=options.follow)
-    side1 = trace(problem.side1)
-    side2 = side1 if problem.symmetric else trace(problem.side2)
-    return [
-        LeafKernel(side1, side2, leaf, pair, options).compute() for leaf, pair in enumerate(axes)
-    ]
+    return [plan.compute() for plan in plans(problem, axes, options)]
 
 
 def explain(problem: Problem, axes: list[PairAxes], options: Options | None = None) -> str:
     """The plan of each output leaf as a table: nothing is computed."""
+    return "\n\n".join(plan.explain() for plan in plans(problem, axes, options))
+
+
+def plans(
+    problem: Problem, axes: list[PairAxes], options: Options | None = None
+) -> list[LeafKernel]:
+    """How the kernel of each output leaf is computed."""
     options = options or Options()
     trace = lambda side: Traced(problem, side, factor=options.factor, follow=options.follow)
     side1 = trace(problem.side1)
     side2 = side1 if problem.symmetric else trace(problem.side2)
-    return "\n\n".join(
-        LeafKernel(side1, side2, leaf, pair, options).explain() for leaf, pair in enumerate(axes)
-    )
+    return [LeafKernel(side1, side2, leaf, pair, options) for leaf, pair in enumerate(axes)]
 
 
 @dataclass(frozen=True)
@@ -103,8 +109,9 @@ class LeafKernel:
         self.batch = None if spec is None else spec.out_axes[leaf]
         self.shape1 = side1.side.outputs[leaf].shape
         self.shape2 = side2.side.outputs[leaf].shape
-        self.seeds1 = Seeds.of(self.shape1, pair, self.batch)
-        self.seeds2 = Seeds.of(self.shape2, pair, self.batch)
+        self.head = self._find_head()
+        self.seeds1 = Seeds.of(self._compressed(self.shape1), pair, self.batch)
+        self.seeds2 = Seeds.of(self._compressed(self.shape2), pair, self.batch)
         self.layout = Layout(
             mapped=self.batch is not None,
             same_examples=self.batch is not None and self.batch not in pair.pairs,
@@ -115,11 +122,52 @@ class LeafKernel:
         size1, size2 = side1.size or 1, side2.size or 1
         self.extent = Extent(size1, size2, traced, kept, output1, self.seeds2.indices.shape[2])
         self.footprints = (Footprint.of(side1.analysis), Footprint.of(side2.analysis))
+        self._basis: Array | None = None
         self.chunks, self.dense, self.forms = self._plan()
+
+    def _find_head(self) -> Head:
+        """The last layer, as far as its uses pair up and its logits are wanted in a known way."""
+        head = heads.find(self.side1.analysis, self.leaf)
+        other = head if self.same else heads.find(self.side2.analysis, self.leaf)
+        if (head.uses, head.axis, head.rank) != (other.uses, other.axis, other.rank):
+            return Head(frozenset())
+        uses1, uses2 = self.side1.analysis.uses, self.side2.analysis.uses
+        counts = {len(self._output_axes(shape).sizes) for shape in (self.shape1, self.shape2)}
+        paired = len(counts) == 1 and all(
+            heads.is_unit_pair(uses1[i], uses2[j], *counts)
+            for i in head.uses
+            for j in head.uses
+            if uses1[i].root == uses2[j].root
+        )
+        if not paired or self.options.form is not None:
+            return Head(frozenset())
+        if head.axis is not None and (
+            self.options.forward or self._logits(head.axis) in self.pair.diagonal
+        ):
+            return Head(head.uses)
+        return head
+
+    def _logits(self, axis: int) -> int:
+        """The axis of the output that is this axis of one example's output."""
+        return axis + (self.batch is not None and axis >= self.batch)
+
+    def _compressed(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the outputs that backward passes start from."""
+        if self.head.axis is None:
+            return tuple(shape)
+        logits = self._logits(self.head.axis)
+        return tuple(self.head.rank if a == logits else n for a, n in enumerate(shape))
+
+    def _output_axes(self, shape: Sequence[int]) -> OutputAxes:
+        """Axes of one example's output."""
+        pair = self.pair
+        axes = [a for a, n in enumerate(shape) if n != 1 and a != self.batch]
+        kind = lambda a: "traced" if a in pair.trace else "kept" if a in pair.diagonal else "paired"
+        return OutputAxes(tuple(shape[a] for a in axes), tuple(kind(a) for a in axes))
 
     def _plan(self) -> tuple[Extent, set[int], dict[int, Form]]:
         """The largest chunks that fit the budget, and the forms for these."""
-        chunks = (self.options.chunks or (lambda extent: extent))(self.extent)
+        chunks = (self.options.chunks or self._in_cache)(self.extent)
         budget = None if self.options.chunks else resolve_budget(self.options.memory)
         while True:
             dense, forms = self._forms(chunks)
@@ -138,6 +186,26 @@ class LeafKernel:
                 )
             chunks = smaller
 
+    def _in_cache(self, extent: Extent) -> Extent:
+        """Outputs that are summed over in chunks, where what they hold would leave the cache.
+
+        Chunks keep enough rows for matrix products. Convolutions are slower in a loop.
+        """
+        uses = self.side1.analysis.uses
+        if (
+            self.options.forward
+            or not uses
+            or cost.forward_work(self.side1.analysis.plan).convolutions
+        ):
+            return extent
+        rows = extent.examples1 * max(use.positions for use in uses)
+        chunks = extent
+        while chunks.traced > 1 and rows * chunks.traced > ROWS:
+            if self._bytes(chunks, self._forms(chunks)[1]) <= CACHE:
+                break
+            chunks = replace(chunks, traced=-(-chunks.traced // 2))
+        return chunks
+
     def _bytes(self, chunks: Extent, forms: dict[int, Form]) -> int:
         itemsize = max(
             x.dtype.itemsize for x in (*self.side1.side.outputs, *self.side1.problem.leaves)
@@ -145,6 +213,27 @@ class LeafKernel:
         # Blocks of a symmetric kernel are of two sides like those of any other.
         same = self.same and chunks == self.extent
         return cost.working_bytes(*self.footprints, forms.values(), chunks, itemsize, same)
+
+    @property
+    def work(self) -> float:
+        """Multiply-adds of the contractions, all chunks together."""
+        names = ["examples1", "traced", "kept", "output1", "output2"]
+        names += [] if self.layout.same_examples else ["examples2"]
+        parts = math.prod(-(-getattr(self.extent, n) // getattr(self.chunks, n)) for n in names)
+        return parts * sum(form.work for form in self.forms.values())
+
+    @property
+    def full_extent(self) -> Extent:
+        """Examples and outputs, those of a compressed last layer counted in full."""
+        seeds = [Seeds.of(s, self.pair, self.batch) for s in (self.shape1, self.shape2)]
+        traced, kept, output1 = seeds[0].indices.shape
+        output2 = seeds[1].indices.shape[2]
+        return Extent(self.extent.examples1, self.extent.examples2, traced, kept, output1, output2)
+
+    @property
+    def held(self) -> int:
+        """Bytes in use at once."""
+        return self._bytes(self.chunks, self.forms)
 
     def _smaller(self, chunks: Extent) -> Extent | None:
         """The next smaller chunks: seeds first, for examples in chunks repeat forward passes."""
@@ -184,6 +273,9 @@ class LeafKernel:
             uses1 = self.side1.analysis.uses_of(weight)
             uses2 = self.side2.analysis.uses_of(weight)
             if not uses1 or not uses2:
+                continue
+            if {k for k, _ in uses1} <= self.head.uses:
+                forms[weight] = cost.at_output(uses1, uses2, root, worked, self.same)
                 continue
             outer = cost.outer(
                 [u for _, u in uses1], [u for _, u in uses2], root, worked, self.same
@@ -227,16 +319,38 @@ class LeafKernel:
         examples = (
             f"{chunks.examples1} × {chunks.examples2} examples, " if self.layout.mapped else ""
         )
+        if self.head.axis is not None:
+            size = self.shape1[self._logits(self.head.axis)]
+            lines.append(f"the {size} logits come from {self.head.rank} numbers: passes for these")
         at_once = f"{chunks.traced * chunks.kept * chunks.output1} outputs"
         needed = format_bytes(self._bytes(chunks, self.forms))
         lines.append(f"at once: {examples}{at_once}; about {needed} of working memory")
         return "\n".join(lines)
+
+    def _check_device(self) -> None:
+        """Refuse a kernel that the device cannot hold together with its computation."""
+        shape = self.pair.kernel_shape(self.shape1, self.shape2)
+        result = math.prod(shape) * self.side1.side.outputs[self.leaf].dtype.itemsize
+        free = free_bytes()
+        if result + self.held > free:
+            raise ValueError(
+                f"{self.side1.problem.caller}: the kernel of shape {shape} takes "
+                f"{format_bytes(result)}, its computation about {format_bytes(self.held)} more, "
+                f"and the device has {format_bytes(free)} free. Average over outputs with "
+                "trace_axes, compute it for fewer examples at a time (tangents.batch), or use "
+                "ntk_operator, whose products need no kernel."
+            )
 
     def compute(self) -> Array:
         """The kernel in the layout of its axes."""
         dtype = self.side1.side.outputs[self.leaf].dtype
         if not self.forms:
             return jnp.zeros(self.pair.kernel_shape(self.shape1, self.shape2), dtype)
+        self._check_device()
+        if self.head.weight is not None:
+            traced = self.side1
+            (value,) = traced.execution.values([self.head.weight], traced.problem.leaves)
+            self._basis = heads.basis(self.head, value)
         return self._arrange(self._over_examples())
 
     # Loops over chunks: examples, then seeds.
@@ -283,21 +397,26 @@ class LeafKernel:
         # A diagonal block of a symmetric kernel is not known to be one inside a loop.
         shared = self.same and examples1 is examples2
         passes2 = passes1 if shared else Passes(self.side2, examples2, self.options.forward)
-        chunks, forms = self.chunks, list(self.forms.values())
+        chunks = self.chunks
+        forms = [form for form in self.forms.values() if form.name != "unit"]
+        basis = None
+        if self._basis is not None and self.head.axis is not None:
+            basis = self.head.axis, self._basis
 
-        def kernel(seeds1: Array, seeds2: Array, same: bool) -> Array:
-            mine = terms.SideTerms.of(
-                self.side1, passes1.factors(self.leaf, seeds1), self.dense, layout
-            )
-            if same and self._mirrored:
+        def terms_of(side: Traced, passes: Passes, seeds: Array) -> SideTerms:
+            factors = passes.factors(self.leaf, seeds, basis)
+            return SideTerms.of(side, factors, self.dense, layout)
+
+        def contracted(mine: SideTerms, other: SideTerms) -> Array:
+            if mine is other and self._mirrored:
                 block = terms.lower_triangle(mine, forms, layout, passes1.size or 1)
             else:
-                other = mine
-                if not same:
-                    factors2 = passes2.factors(self.leaf, seeds2)
-                    other = terms.SideTerms.of(self.side2, factors2, self.dense, layout)
                 block = terms.kernel(mine, other, forms, layout, symmetric=self.same)
             return jnp.transpose(block, [layout.working.index(k) for k in layout.result])
+
+        def kernel(seeds1: Array, seeds2: Array, same: bool) -> Array:
+            mine = terms_of(self.side1, passes1, seeds1)
+            return contracted(mine, mine if same else terms_of(self.side2, passes2, seeds2))
 
         def over_traced(seeds1: Array, seeds2: Array, same: bool) -> Array:
             if chunks.traced >= self.extent.traced:
@@ -322,18 +441,70 @@ class LeafKernel:
                 return over_kept(seeds1, seeds2, shared)
             pieces1 = _pieces(seeds1, 2, chunks.output1)
             pieces2 = _pieces(seeds2, 2, chunks.output2)
-            rows = lax.map(lambda a: lax.map(lambda b: over_kept(a, b, False), pieces2), pieces1)
+
+            def row(a: Array) -> Array:
+                if (chunks.traced, chunks.kept) != (self.extent.traced, self.extent.kept):
+                    return lax.map(lambda b: over_kept(a, b, False), pieces2)
+                mine = terms_of(self.side1, passes1, a)
+                other = lambda b: terms_of(self.side2, passes2, b)
+                return lax.map(lambda b: contracted(mine, other(b)), pieces2)
+
+            rows = lax.map(row, pieces1)
             rows = jax.vmap(lambda r: _joined(r, r.ndim - 2, self.extent.output2))(rows)
             return _joined(rows, rows.ndim - 3, self.extent.output1)
 
-        return over_outputs(jnp.asarray(self.seeds1.indices), jnp.asarray(self.seeds2.indices))
+        total = self._at_output(passes1, passes2, layout)
+        if forms:
+            seeds = jnp.asarray(self.seeds1.indices), jnp.asarray(self.seeds2.indices)
+            block = self._expanded(over_outputs(*seeds))
+            total = block if total is None else block + total.astype(block.dtype)
+        assert total is not None
+        return total
+
+    def _expanded(self, block: Array) -> Array:
+        """From the outputs Qᵀy to the outputs y, where pairs of logits are wanted."""
+        if self._basis is None or self.head.axis is None:
+            return block
+        paired = [a for a in self.pair.pairs if a != self.batch]
+        logits = self._logits(self.head.axis)
+        if logits not in paired:
+            return block
+        lead = block.ndim - 2
+        block = block.reshape(*block.shape[:lead], *self.seeds1.paired, *self.seeds2.paired)
+        for first in (lead, lead + len(paired)):
+            axis = first + paired.index(logits)
+            q = self._basis.astype(block.dtype)
+            how = self.layout.precision
+            block = jnp.moveaxis(jnp.tensordot(block, q, ((axis,), (1,)), precision=how), -1, axis)
+        sizes = [math.prod(shape[a] for a in paired) for shape in (self.shape1, self.shape2)]
+        return block.reshape(*block.shape[:lead], *sizes)
+
+    def _at_output(self, passes1: Passes, passes2: Passes, layout: Layout) -> Array | None:
+        """Terms of the last layer, for all outputs."""
+        total: Array | None = None
+        axes1, axes2 = self._output_axes(self.shape1), self._output_axes(self.shape2)
+        pairs = [p for form in self.forms.values() if form.name == "unit" for p in form.pairs]
+        for i, j, _ in pairs:
+            for k, other in {(i, j), (j, i)} if self.same else {(i, j)}:
+                first, second = passes1.at_output(k), passes2.at_output(other)
+                term = heads.unit_term(first, second, layout, axes1, axes2)
+                total = term if total is None else total + term.astype(total.dtype)
+        if total is None:
+            return None
+        examples = total.shape[: len(layout.result) - 3]
+        groups = ((self.shape1, self.pair.diagonal), (self.shape1, self.pair.pairs),
+                  (self.shape2, self.pair.pairs))  # fmt: skip
+        sizes = [math.prod(shape[a] for a in axes if a != self.batch) for shape, axes in groups]
+        return total.reshape(*examples, *sizes)
 
     def _arrange(self, kernel: Array) -> Array:
         """From (examples, kept, outputs, outputs′) to the layout of `pair`; traces averaged."""
         pair, batch = self.pair, self.batch
         count = len(self.layout.result) - 3
         kernel = kernel.reshape(
-            *kernel.shape[:count], *self.seeds1.kept, *self.seeds1.paired, *self.seeds2.paired
+            *kernel.shape[:count],
+            *self.seeds1.kept,
+            *(shape[a] for shape in (self.shape1, self.shape2) for a in pair.pairs if a != batch),
         )
         kept = [a for a in pair.diagonal if a != batch]
         paired = [a for a in pair.pairs if a != batch]

@@ -9,6 +9,7 @@ RULES: dict[str, Rule] = {
     "dot_general": dot_general.rule,
     "conv_general_dilated": convolution.rule,
     "gather": gather.rule,
+    "dynamic_slice": gather.dynamic_slice,
     **dict.fromkeys(elementwise.PRIMITIVES, elementwise.rule),
     **joining.RULES,
 }

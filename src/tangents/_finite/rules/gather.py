@@ -1,10 +1,11 @@
-"""`gather` of rows: embeddings, mixtures of experts. A is a one-hot of the indices."""
+"""Rows that data choose: embeddings, mixtures of experts, windows. A is a one-hot of indices."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import lax
 
+from tangents._core.typing import Array
 from tangents._finite.rules.factored import Factored
 from tangents._finite.structure.graph import Step
 
@@ -50,16 +51,49 @@ def rule(step: Step, operand: int) -> Factored | None:
         # Outside the table nothing is read and nothing has a derivative.
         return jnp.where((index >= 0) & (index < count), index, -1).astype(jnp.int32)
 
-    def expand(index):
-        return (index[..., None] == jnp.arange(count, dtype=index.dtype)).astype(output.dtype)
-
     return Factored(
         sizes=label_sizes,
         weight=tuple((label,) for label in weight),
         cotangent=tuple(cotangent),
         activation=(*positions, 0),
         save=save,
-        expand=expand,
+        expand=lambda index: _one_hot(index, count, output.dtype),
         equality=True,
         copies=count,
     )
+
+
+def dynamic_slice(step: Step, operand: int) -> Factored | None:
+    """y[p, q] = W[start + p, q]: a window along one axis, whole along all others."""
+    if operand != 0:
+        return None
+    table = step.inputs[0]
+    sizes = step.params["slice_sizes"]
+    moving = [k for k, n in enumerate(table.shape) if sizes[k] != n]
+    labels = tuple(range(len(table.shape)))
+    if not moving:  # all of it, wherever it is said to start
+        return Factored(dict(enumerate(table.shape)), tuple((k,) for k in labels), labels)
+    if len(moving) != 1:
+        return None
+    (axis,) = moving
+    count, window, position = table.shape[axis], sizes[axis], len(table.shape)
+
+    def save(inputs, outputs):
+        # The primitive moves a window that would reach over the end.
+        start = jnp.clip(inputs[1 + axis], 0, count - window).astype(jnp.int32)
+        return start + jnp.arange(window, dtype=jnp.int32)
+
+    return Factored(
+        sizes={**dict(enumerate(table.shape)), position: window},
+        weight=tuple((label,) for label in labels),
+        cotangent=tuple(position if k == axis else k for k in labels),
+        activation=(position, axis),
+        save=save,
+        expand=lambda index: _one_hot(index, count, step.outputs[0].dtype),
+        equality=True,
+        copies=count,
+    )
+
+
+def _one_hot(index: Array, count: int, dtype) -> Array:
+    return (index[..., None] == jnp.arange(count, dtype=index.dtype)).astype(dtype)

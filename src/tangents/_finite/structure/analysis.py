@@ -8,6 +8,7 @@ right.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -86,6 +87,12 @@ class Use:
     """Why there is no factored form, where there is none."""
 
     @property
+    def positions(self) -> int:
+        """Number of places of one example, loops among them, at which the weight is used."""
+        own = {label for label, _, _ in self.weight}
+        return math.prod(self.sizes[label] for label in self.cotangent if label not in own)
+
+    @property
     def entries(self) -> tuple[int, list[tuple[int, int]]]:
         """The entries of the flat root that are used: offset and (size, stride)s."""
         return self.offset, [(size, stride) for _, size, stride in self.weight]
@@ -141,6 +148,8 @@ class Plan:
     uses: range = range(0)
     data: frozenset[int] = frozenset()
     """Values that depend on an input."""
+    weighted: frozenset[int] = frozenset()
+    """Those that depend on a weight too."""
 
     def is_data(self, atom: Atom) -> bool:
         """Whether a value depends on an input."""
@@ -238,7 +247,9 @@ class Analysis:
                 )
                 kind = Data(True)
             outputs.append(kind)
-        plan.data = frozenset(number for number, kind in kinds.items() if isinstance(kind, Data))
+        data = {number: kind for number, kind in kinds.items() if isinstance(kind, Data)}
+        plan.data = frozenset(data)
+        plan.weighted = frozenset(number for number, kind in data.items() if kind.weighted)
         plan.probes = range(first_probe, len(self.probes))
         plan.uses = range(first_use, len(self.uses))
         self._share_probes(plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -10,11 +11,22 @@ import jax.numpy as jnp
 from jax import lax
 
 from tangents._core.typing import Array
+from tangents._finite.structure import convolutions
 from tangents._finite.structure.analysis import Analysis, Branches, Injection, Loop, Plan, Use
 from tangents._finite.structure.graph import Atom, Constant, Step
 
 Kept = dict[int, Array]
 """Use to what its forward pass keeps."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What goes with one run of a plan, beside the values of its graph."""
+
+    probes: dict[int, Array]
+    scales: dict[int, Array] = field(default_factory=dict)
+    """Scalars that multiply views."""
+    kept: Kept = field(default_factory=dict)
 
 
 class Execution:
@@ -23,105 +35,94 @@ class Execution:
     def __init__(self, analysis: Analysis):
         """Of one analysis."""
         self.analysis = analysis
+        self.reverse = False
+        """Whether derivatives will be taken by reverse mode."""
 
     def run(self, inputs: Sequence[Array], probes: dict[int, Array]) -> tuple[list[Array], Kept]:
         """Outputs of the network with `probes` added, and activations.
 
         `inputs` are the weights and the arguments of the analysed function.
         """
-        kept: Kept = {}
-        outputs = self._run(self.analysis.plan, inputs, {}, probes, kept)
-        return outputs, kept
+        frame = Frame(probes)
+        return self._run(self.analysis.plan, inputs, frame), frame.kept
 
-    def _run(
-        self,
-        plan: Plan,
-        inputs: Sequence[Array],
-        scales: dict[int, Array],
-        probes: dict[int, Array],
-        kept: Kept,
-    ) -> list[Array]:
+    def _run(self, plan: Plan, inputs: Sequence[Array], frame: Frame) -> list[Array]:
         values: dict[int, Array] = dict(plan.graph.constants)
         values |= {ref.number: x for ref, x in zip(plan.graph.inputs, inputs, strict=True)}
         for index, step in enumerate(plan.graph.steps):
             given = [_read(values, atom) for atom in step.inputs]
             action = plan.actions.get(index)
             if action is None:
-                outputs = step.evaluate(given)
+                outputs = self._evaluate(plan, step, given)
                 if index in plan.scales:
-                    _scale(plan.scales[index], step, given, scales)
+                    _scale(plan.scales[index], step, given, frame.scales)
             else:
                 for operand, probe in action.operands.items():
-                    given[operand] = given[operand] + probes[probe]
-                    self._keep_scale(action.whole[operand], step.inputs[operand], scales, kept)
+                    given[operand] = given[operand] + frame.probes[probe]
+                    self._keep_scale(action.whole[operand], step.inputs[operand], frame)
                 if isinstance(action, Injection):
-                    outputs = self._inject(action, step, given, scales, probes, kept)
+                    outputs = self._inject(action, plan, step, given, frame)
                 elif isinstance(action, Loop):
-                    outputs = self._loop(action, step, given, scales, probes, kept)
+                    outputs = self._loop(action, step, given, frame)
                 else:
-                    outputs = self._branches(action, step, given, scales, probes, kept)
+                    outputs = self._branches(action, step, given, frame)
             for ref, value in zip(step.outputs, outputs, strict=True):
                 values[ref.number] = value
         outputs = [_read(values, atom) for atom in plan.graph.outputs]
         for k, probe in plan.outputs.items():
-            outputs[k] = outputs[k] + probes[probe]
-            self._keep_scale(plan.whole[k], plan.graph.outputs[k], scales, kept)
+            outputs[k] = outputs[k] + frame.probes[probe]
+            self._keep_scale(plan.whole[k], plan.graph.outputs[k], frame)
         return outputs
 
-    def _keep_scale(self, use: int, atom: Atom, scales: dict[int, Array], kept: Kept) -> None:
+    def _keep_scale(self, use: int, atom: Atom, frame: Frame) -> None:
         """Of an operand taken as a whole there is nothing to keep but what multiplies it."""
         if self.analysis.uses[use].activation is not None:
             assert not isinstance(atom, Constant)
-            kept[use] = scales[atom.number]
+            frame.kept[use] = frame.scales[atom.number]
+
+    def _evaluate(self, plan: Plan, step: Step, given: list[Array]) -> list[Array]:
+        """The outputs of a step."""
+        if self.reverse and convolutions.is_plain(step):
+            image, kernel = step.inputs
+            weighted = not isinstance(image, Constant) and image.number in plan.weighted
+            if weighted and not plan.is_data(kernel):
+                return convolutions.evaluate(step, given)
+        return step.evaluate(given)
 
     def _inject(
-        self,
-        action: Injection,
-        step: Step,
-        given: list[Array],
-        scales: dict[int, Array],
-        probes: dict[int, Array],
-        kept: Kept,
+        self, action: Injection, plan: Plan, step: Step, given: list[Array], frame: Frame
     ) -> list[Array]:
-        outputs = step.evaluate(given)
+        outputs = self._evaluate(plan, step, given)
         for number, operand in action.kept:
             use = self.analysis.uses[number]
             if use.activation is None:
                 continue
             atom = step.inputs[operand]
-            scale = None if isinstance(atom, Constant) else scales.get(atom.number)
-            kept[number] = _activation(use, given, outputs, scale)
+            scale = None if isinstance(atom, Constant) else frame.scales.get(atom.number)
+            frame.kept[number] = _activation(use, given, outputs, scale)
         if action.output is not None:
-            outputs = [outputs[0] + probes[action.output]]
+            outputs = [outputs[0] + frame.probes[action.output]]
         return outputs
 
-    def _loop(
-        self,
-        action: Loop,
-        step: Step,
-        given: list[Array],
-        scales: dict[int, Array],
-        probes: dict[int, Array],
-        kept: Kept,
-    ) -> list[Array]:
+    def _loop(self, action: Loop, step: Step, given: list[Array], frame: Frame) -> list[Array]:
         body, carried = action.body, action.carried
         constants = given[: action.constants]
         start = given[action.constants : action.constants + carried]
         stacked = given[action.constants + carried :]
-        below = _scales_below(step.inputs, body, scales)
+        below = _scales_below(step.inputs, body, frame.scales)
 
         def at_one_time(carry, slices):
             xs, own = slices
-            own_kept: Kept = {}
-            outputs = self._run(body, [*constants, *carry, *xs], dict(below), own, own_kept)
+            inner = Frame(own, dict(below))
+            outputs = self._run(body, [*constants, *carry, *xs], inner)
             # The types of what is carried are those that the original loop had.
             carry = [
                 jnp.asarray(y).astype(x.dtype)
                 for y, x in zip(outputs[:carried], start, strict=True)
             ]
-            return carry, (outputs[carried:], own_kept)
+            return carry, (outputs[carried:], inner.kept)
 
-        own = {probe: probes[probe] for probe in body.probes if probe in probes}
+        own = {k: frame.probes[k] for k in body.probes if k in frame.probes}
         carry, (ys, own_kept) = lax.scan(
             at_one_time,
             start,
@@ -129,26 +130,20 @@ class Execution:
             length=step.params["length"],
             reverse=step.params["reverse"],
         )
-        kept.update(own_kept)
+        frame.kept.update(own_kept)
         return [*carry, *ys]
 
     def _branches(
-        self,
-        action: Branches,
-        step: Step,
-        given: list[Array],
-        scales: dict[int, Array],
-        probes: dict[int, Array],
-        kept: Kept,
+        self, action: Branches, step: Step, given: list[Array], frame: Frame
     ) -> list[Array]:
         index, *operands = given
 
         def run(branch: Plan, own: dict[int, Array], values: list[Array]):
-            below = _scales_below(step.inputs[1:], branch, scales)
-            own_kept: Kept = {}
-            return self._run(branch, values, below, own, own_kept), own_kept
+            inner = Frame(own, _scales_below(step.inputs[1:], branch, frame.scales))
+            return self._run(branch, values, inner), inner.kept
 
-        owns = [{k: probes[k] for k in branch.probes if k in probes} for branch in action.branches]
+        probes = frame.probes
+        owns = [{k: probes[k] for k in b.probes if k in probes} for b in action.branches]
         shapes: dict[int, Any] = {}
         for branch, own in zip(action.branches, owns, strict=True):
             shapes |= jax.eval_shape(lambda o, v, b=branch: run(b, o, v), own, operands)[1]
@@ -164,14 +159,19 @@ class Execution:
 
         branches = [complete(b, own) for b, own in zip(action.branches, owns, strict=True)]
         outputs, all_kept = lax.switch(index, branches, operands)
-        kept.update(all_kept)
+        frame.kept.update(all_kept)
         return outputs
 
     def prologue(self, weights: Sequence[Array]) -> dict[int, Array]:
         """Values of the computed roots as a function of the weights."""
-        plan, roots = self.analysis.plan, self.analysis.roots
-        wanted = {k: root.ref for k, root in enumerate(roots) if root.ref is not None}
-        needed = {ref.number for ref in wanted.values()}
+        wanted = {k: r.ref for k, r in enumerate(self.analysis.roots) if r.ref is not None}
+        values = self.values(list(wanted.values()), weights)
+        return dict(zip(wanted, values, strict=True))
+
+    def values(self, wanted: Sequence[Atom], weights: Sequence[Array]) -> list[Array]:
+        """Values that depend on the weights alone."""
+        plan = self.analysis.plan
+        needed = {atom.number for atom in wanted if not isinstance(atom, Constant)}
         steps: list[Step] = []
         for step in reversed(plan.graph.steps):
             if any(ref.number in needed for ref in step.outputs):
@@ -183,7 +183,7 @@ class Execution:
         for step in reversed(steps):
             outputs = step.evaluate([_read(values, atom) for atom in step.inputs])
             values |= {r.number: y for r, y in zip(step.outputs, outputs, strict=True)}
-        return {k: values[ref.number] for k, ref in wanted.items()}
+        return [_read(values, atom) for atom in wanted]
 
 
 def _read(values: dict[int, Array], atom: Atom) -> Array:

@@ -8,13 +8,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import tree_util
+from jax import lax, tree_util
 
 from tangents._core.typing import Array
-from tangents._finite.problem import Problem, Side
+from tangents._finite.problem import Problem
+from tangents._finite.side import Side
 from tangents._finite.structure.analysis import Analysis
 from tangents._finite.structure.contraction import Factors
 from tangents._finite.structure.execution import Execution
+
+HIGHEST = lax.Precision.HIGHEST
 
 
 class Traced:
@@ -87,6 +90,7 @@ class Passes:
         self.size = traced.size if examples is None else examples.shape[0]
 
         def network(probes, x, kw):
+            traced.execution.reverse = not forward
             flat = [*traced.problem.leaves, *x, *tree_util.tree_leaves(kw)]
             return traced.execution.run(flat, probes)
 
@@ -110,24 +114,56 @@ class Passes:
             self.outputs, self._push, self.kept = jax.linearize(passes, zeros, has_aux=True)
             self._zeros = zeros
         else:
-            self.outputs, self._pull, self.kept = jax.vjp(passes, zeros, has_aux=True)
+            self.outputs, pull, self.kept = jax.vjp(passes, zeros, has_aux=True)
+            # What the forward pass keeps is computed once: without a barrier XLA would compute
+            # derivatives of nonlinearities anew inside the pass of every seed.
+            self._pull = lax.optimization_barrier(pull)
 
-    def factors(self, leaf: int, seeds: Array) -> list[Factors]:
+    def at_output(self, use: int) -> Factors:
+        """Factors of a use at the output: its cotangents are unit vectors, and not made."""
+        analysis = self.traced.analysis
+        lead = (self.size,) if self.traced.mapped else ()
+        nothing = jnp.zeros(lead, analysis.probes[analysis.uses[use].probe].dtype)
+        return Factors(analysis.uses[use], self.kept.get(use), nothing, self.traced.mapped)
+
+    def factors(
+        self, leaf: int, seeds: Array, basis: tuple[int, Array] | None = None
+    ) -> list[Factors]:
         """Factors of each use for some entries of an output.
 
-        `seeds` are flat indices into the output (of one example), shape (traced, kept, output);
-        negative ones stand for nothing.
+        Args:
+            leaf: the output.
+            seeds: flat indices into the output (of one example), shape (traced, kept, output);
+                negative ones stand for nothing.
+            basis: an axis of the output and vectors (size, count): the indices are then those of an
+                output whose entries along that axis are the products with these vectors.
         """
         cotangents = (
-            self._by_pushing(leaf, seeds) if self.forward else self._by_pulling(leaf, seeds)
+            self._by_pushing(leaf, seeds) if self.forward else self._by_pulling(leaf, seeds, basis)
         )
         return [
             Factors(use, self.kept.get(k), cotangents[use.probe], self.traced.mapped)
             for k, use in enumerate(self.traced.analysis.uses)
         ]
 
-    def _by_pulling(self, leaf: int, seeds: Array) -> dict[int, Array]:
+    def _by_pulling(
+        self, leaf: int, seeds: Array, basis: tuple[int, Array] | None
+    ) -> dict[int, Array]:
         mapped = self.traced.mapped
+
+        def cotangent(index: Array, y: Array) -> Array:
+            shape = list(y.shape[1:] if mapped else y.shape)
+            if basis is not None:
+                shape[basis[0]] = basis[1].shape[1]
+            one = (jnp.arange(math.prod(shape), dtype=index.dtype) == index).astype(y.dtype)
+            one = one.reshape(shape)
+            if basis is not None:
+                axis, vectors = basis
+                wide = jnp.tensordot(
+                    one, vectors.astype(y.dtype), ((axis,), (1,)), precision=HIGHEST
+                )
+                one = jnp.moveaxis(wide, -1, axis)
+            return jnp.broadcast_to(one, y.shape)
 
         def row(index):
             filled = []
@@ -135,9 +171,7 @@ class Passes:
                 if k != leaf:
                     filled.append(jnp.zeros_like(y))
                     continue
-                shape = y.shape[1:] if mapped else y.shape
-                one = jnp.arange(math.prod(shape), dtype=index.dtype) == index
-                filled.append(jnp.broadcast_to(one.reshape(shape).astype(y.dtype), y.shape))
+                filled.append(cotangent(index, y))
             return self._pull(filled)[0]
 
         at = 1 if mapped else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,7 +95,7 @@ def lower_triangle(side: SideTerms, forms: Sequence[Form], layout: Layout, examp
     axis1 = layout.working.index(contraction.EXAMPLE1)
     axis2 = layout.working.index(contraction.EXAMPLE2)
     rows, edges = [], [examples * k // count for k in range(count + 1)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         mine, before = side.part(start, stop), side.part(0, stop)
         row = kernel(mine, before, forms, layout, symmetric=True)
         widths = [(0, examples - stop if k == axis2 else 0) for k in range(row.ndim)]

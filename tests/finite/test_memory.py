@@ -1,0 +1,93 @@
+"""Memory in fresh processes: the peak above the start stays under the budget."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+import tangents as nt
+from finite.table import normal
+
+MEASURE = """
+import ctypes, gc, json, sys
+import jax, jax.numpy as jnp, numpy as np
+import tangents as nt
+
+network, budget = sys.argv[1], int(sys.argv[2])
+draw = np.random.RandomState(0).standard_normal
+normal = lambda *shape: jnp.asarray(draw(shape).astype(np.float32))
+if network == "dense":
+    params = [normal(64, 512) / 8, normal(512, 512) / 23, normal(512, 8) / 23]
+    f = lambda p, x: jnp.tanh(jnp.tanh(x @ p[0]) @ p[1]) @ p[2]
+    x, axes = normal(96, 64), ()
+else:  # a batch that interacts: only its outputs can be taken in chunks
+    params = [normal(64, 256) / 8, normal(256, 8) / 16]
+    def f(p, x):
+        h = x @ p[0]
+        return jnp.tanh((h - h.mean(0)) / (1 + h.std(0))) @ p[1]
+    x, axes = normal(48, 64), (-1,)
+
+fn = jax.jit(nt.empirical_ntk_fn(f, axes, memory=budget))
+compiled = fn.lower(x, None, params).compile()
+stats = compiled.memory_analysis()
+result = jax.block_until_ready(compiled(x, None, params))
+size = result.nbytes
+del result
+
+def status(key):
+    for line in open("/proc/self/status"):
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+
+gc.collect()
+ctypes.CDLL("libc.so.6").malloc_trim(0)
+open("/proc/self/clear_refs", "w").write("5")
+start = status("VmRSS")
+jax.block_until_ready(compiled(x, None, params))
+print(json.dumps({
+    "peak": status("VmHWM") - start, "result": size, "temporary": stats.temp_size_in_bytes,
+}))
+"""
+RUNTIME = 4 * 2**20
+"""What the runtime itself takes in a call: scratch space of library products and threads."""
+
+
+def measure(network, budget):
+    command = [sys.executable, "-c", MEASURE, network, str(budget)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("network", [pytest.param("dense", marks=pytest.mark.slow), "interacting"])
+def test_peak_in_fresh_processes(network):
+    budgets = (2**21, 2**24, 2**28)
+    measured = [measure(network, budget) for budget in budgets]
+    for budget, found in zip(budgets, measured, strict=True):
+        # The result is copied once to make it symmetric and once to arrange it.
+        allowed = budget + 3 * found["result"]
+        assert found["temporary"] <= allowed, (budget, found)
+        assert found["peak"] <= allowed + RUNTIME, (budget, found)
+    assert measured[0]["temporary"] < measured[-1]["temporary"]
+
+
+def test_a_kernel_larger_than_the_device_says_both_sizes():
+    f = lambda p, x: jnp.tanh(x @ p)
+    x, p = jnp.zeros((200_000, 2)), normal(0, 2, 100)
+    with pytest.raises(ValueError, match=r"the kernel of shape .* takes .*, its computation about"):
+        nt.empirical_ntk_fn(f, (), implementation=0)(x, None, p)
+
+
+def test_operator_takes_a_budget(rtol):
+    f = lambda p, x: jnp.tanh(x @ p)
+    x, p = normal(0, 6, 40), normal(1, 40, 5)
+    expected = nt.ntk_operator(f, p, x).materialise()
+    got = nt.ntk_operator(f, p, x, memory="20KiB").materialise()
+    assert jnp.allclose(got, expected, rtol=rtol, atol=rtol)
+    with pytest.raises(ValueError, match=r"memory=50 is 50 B, .* needs about"):
+        nt.ntk_operator(f, p, x, memory=50).materialise()
