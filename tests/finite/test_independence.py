@@ -138,6 +138,13 @@ def test_wrong_axis_of_the_output_is_an_error():
     assert problem_of(f, (3, 3), vmap_axes=(0, 1, {})).side1.vmap is not None
 
 
+def test_dropout_of_one_key_is_left_alone():
+    f = lambda w, x, rng: jnp.where(jax.random.bernoulli(rng, 0.5, x.shape), x @ w, 0)
+    key = {"rng": jax.random.key(0)}
+    problem = make_problem(f, normal(1, 4, 3), None, W, key, caller="t", find_examples=True)
+    assert problem.side1.vmap is None
+
+
 @pytest.mark.parametrize("name", ["attention", "training", "merged", "values"])
 def test_kernels_without_a_promise(name, rtol):
     f, shape = (INDEPENDENT | MIXED | UNKNOWN)[name]

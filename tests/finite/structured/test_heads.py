@@ -24,6 +24,9 @@ HEADS = {
     "dense": (lambda p, x: hidden(p, x) @ p["u"] + p["b"], (3,), True),
     "lhs": (lambda p, x: jnp.einsum("vd,nd->nv", p["u"].T, hidden(p, x)) - p["b"], (3,), True),
     "tokens": (lambda p, x: hidden(p, x) @ p["u"] + p["t"], (4, 3), True),
+    "channels first": (
+        lambda p, x: jnp.einsum("dv,ntd->nvt", p["u"], hidden(p, x)), (4, 3), False,
+    ),
     "scaled": (lambda p, x: hidden(p, x) @ (p["u"] / 3) + 2 * p["b"], (3,), True),
     "constant": (lambda p, x: hidden(p, x) @ normal(5, 2, 5), (3,), True),
     "twice": (lambda p, x: (hidden(p, x) * p["u"][:, 0]) @ p["u"], (3,), False),
@@ -55,7 +58,8 @@ def test_kernels(name, vmap_axes, rtol):
             got = jax.jit(fn)(x1, other, PARAMS)
             np.testing.assert_allclose(got, expected, rtol=rtol, atol=rtol * scale)
     problem = make_problem(f, x1, None, PARAMS, {}, vmap_axes=vmap_axes, caller="t")
-    text = structured_derivatives.explain(problem, problem.pair_axes(-1, ()))
+    logits = 1 if name == "channels first" else -1
+    text = structured_derivatives.explain(problem, problem.pair_axes(logits, ()))
     assert ("the 5 logits come from 2 numbers" in text) == compressed
 
 
