@@ -20,6 +20,13 @@ settings.register_profile(
 settings.load_profile("tangents")
 
 
+def pytest_configure(config):
+    # Reminders the contract wants at every call or init, whatever the network; shown to be there by
+    # infinite/test_contract.py.
+    config.addinivalue_line("filterwarnings", "ignore:FanIn layers assume")
+    config.addinivalue_line("filterwarnings", "ignore:GlobalSelfAttention. with linear_scaling")
+
+
 @pytest.fixture
 def rtol() -> float:
     """Bound for a fast path against the slow reference in the precision of this run."""

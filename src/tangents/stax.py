@@ -17,7 +17,8 @@ A layer is a triple `(init_fn, apply_fn, kernel_fn)`:
     branches     FanOut, FanInSum, FanInProd, FanInConcat
     pointwise    Relu, LeakyRelu, Abs, ABRelu, Erf, Sigmoid_like, Sin, Cos, Rbf, Gabor, Gelu, Exp,
                  Gaussian, ExpNormalized, Hermite, Monomial, RectifiedMonomial, Polynomial, Sign,
-                 Elementwise, ElementwiseNumerical
+                 Tanh, Softplus, SiLU (Swish), Mish, Elu, Selu, HardTanh,
+                 Elementwise (any function), ElementwiseNumerical
     masks        MaskedArray, unmask_fn, and `mask_constant=` of apply_fn and kernel_fn
     your own     layer, requires, supports_masking, Diagonal, Bool; docs/infinite.md shows both ways
 
@@ -48,6 +49,16 @@ from tangents._infinite.layers.dense import Dense, Embedding
 from tangents._infinite.layers.dropout import Dropout
 from tangents._infinite.layers.flatten import Flatten
 from tangents._infinite.layers.nonlinearity_elementwise import Elementwise, ElementwiseNumerical
+from tangents._infinite.layers.nonlinearity_expanded import (
+    Elu,
+    HardTanh,
+    Mish,
+    Selu,
+    SiLU,
+    Softplus,
+    Swish,
+    Tanh,
+)
 from tangents._infinite.layers.nonlinearity_kinked import (
     ABRelu,
     Abs,
@@ -93,6 +104,7 @@ __all__ = [
     "Dropout",
     "Elementwise",
     "ElementwiseNumerical",
+    "Elu",
     "Embedding",
     "Erf",
     "Exp",
@@ -108,6 +120,7 @@ __all__ = [
     "GlobalAvgPool",
     "GlobalSelfAttention",
     "GlobalSumPool",
+    "HardTanh",
     "Hermite",
     "Identity",
     "ImageResize",
@@ -115,6 +128,7 @@ __all__ = [
     "LayerNorm",
     "LeakyRelu",
     "MaskedArray",
+    "Mish",
     "Monomial",
     "Padding",
     "Polynomial",
@@ -123,11 +137,16 @@ __all__ = [
     "Rbf",
     "RectifiedMonomial",
     "Relu",
+    "Selu",
+    "SiLU",
     "Sigmoid_like",
     "Sign",
     "Sin",
     "Slice",
+    "Softplus",
     "SumPool",
+    "Swish",
+    "Tanh",
     "layer",
     "parallel",
     "repeat",

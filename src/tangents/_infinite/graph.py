@@ -104,6 +104,9 @@ class Node:
     needs_side_pairs: bool = False  # the rule needs all pairs (a, a') of one side, not only (a, a)
     stochastic: bool = False  # apply needs `rng`
     random_weights: bool = False  # fresh random weights: outputs are independent of all others
+    kernel_warning: str | None = None  # what every call of kernel_fn warns of
+    plane_wise: bool = False  # the rule keeps the difference of positions (see `planes.py`)
+    closes_planes: str = ""  # how it mixes them: windows, everything; flatten: takes equal ones
 
     # ---- shapes and static description -------------------------------------------------------
 
@@ -167,6 +170,10 @@ class Node:
     def out_layout(self, layout: Layout, wanted: Layout) -> Layout:
         """Layout of the rule's result, for the layout that comes in and the one that is wanted."""
         return layout
+
+    def plane_strides(self, signal: Any) -> tuple[int, ...]:
+        """Steps along the spatial axes of a `plane_wise` layer."""
+        return (1,) * len(signal.spatial)
 
     def input_axes(self) -> Any:
         """`(batch_axis, channel_axis)` this node reads its input by; `None` = it does not care.

@@ -6,7 +6,9 @@ layers and plain triples alike. `kernel_fn` is a callable that owns its graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -16,7 +18,7 @@ from jax.core import Tracer
 from tangents._core.get import Get, canonical_get, select
 from tangents._core.kwargs import same_inputs
 from tangents._infinite.execute import run
-from tangents._infinite.graph import Node
+from tangents._infinite.graph import Node, any_node, first_axes, walk
 from tangents._infinite.inputs import check_inputs, collapse_mask
 from tangents._infinite.kernel import Kernel, from_state, to_state
 from tangents._infinite.masking import join_masks, split_masks
@@ -162,6 +164,20 @@ class KernelFn:
     def __repr__(self):
         return f"<kernel_fn of {self.node.name}>"
 
+    @property
+    def input_req(self) -> Mapping[str, Any]:
+        """What the network asks of its input, by the names of `stax.requires`."""
+        axes = first_axes(self.node)
+        batch, channel = axes if isinstance(axes, tuple) else (0, -1)
+        return MappingProxyType(
+            {
+                "batch_axis": batch,
+                "channel_axis": channel,
+                "diagonal_batch": not any_node(self.node, lambda n: n.needs_side_pairs),
+                "use_dropout": any_node(self.node, lambda n: n.stochastic),
+            }
+        )
+
     def __call__(
         self,
         x1: Any,
@@ -179,6 +195,9 @@ class KernelFn:
         asked = (names,) if isinstance(names, str) else names
         want_ntk = asked is None or "ntk" in asked
         want_sides = asked is None or "cov1" in asked or "cov2" in asked
+        for text in dict.fromkeys(walk(self.node, lambda node: node.kernel_warning)):
+            if text is not None:
+                warnings.warn(text, stacklevel=2)
         for name in asked or ():
             if name not in Kernel.__dataclass_fields__:
                 raise KeyError(f"kernel_fn: get={get!r}: a Kernel has no field {name!r}")

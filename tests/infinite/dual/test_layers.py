@@ -47,11 +47,6 @@ def test_signature(name):
     assert name in stax.__all__
 
 
-def hermite(degree):
-    with pytest.warns(UserWarning, match="variance 1"):
-        return stax.Hermite(degree)
-
-
 def numerical():
     with pytest.warns(UserWarning, match="not estimated"):
         return stax.ElementwiseNumerical(jnp.tanh, 20)
@@ -75,7 +70,7 @@ LAYERS = {
     "Gabor": stax.Gabor,
     "Exp": lambda: stax.Exp(0.5, 0.4),
     "Gaussian": lambda: stax.Gaussian(1.1, -0.8),
-    "Hermite": lambda: hermite(3),
+    "Hermite": lambda: stax.Hermite(3),
     "Monomial": lambda: stax.Monomial(2),
     "Polynomial": lambda: stax.Polynomial([0.5, 1.0, -0.3]),
     "ElementwiseNumerical": numerical,
@@ -154,7 +149,7 @@ def test_sides_that_are_missing():
     with pytest.raises(NotImplementedError, match="without fn"):
         stax.Elementwise(nngp_fn=lambda c, v1, v2: c, d_nngp_fn=lambda c, v1, v2: c)[1]((), x)
     with pytest.raises(NotImplementedError, match="without nngp_fn"):
-        kernel(stax.Elementwise(jnp.tanh), x)
+        kernel(stax.Elementwise(jnp.tanh, d_nngp_fn=lambda c, v1, v2: c), x)
 
 
 def test_elementwise_is_named_after_its_function():

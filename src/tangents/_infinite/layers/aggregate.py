@@ -98,17 +98,19 @@ class AggregateNode(Node):
         order = (batch, *axes, *rest)
         moved = jnp.transpose(x, order)
         flat = moved.reshape((moved.shape[0], math.prod(sizes), -1))
-        # As for NumPy, a negative tail counts from the end; a negative head goes nowhere: padding.
-        there = jnp.all(edges[..., 1] >= 0, axis=-1)
+        # A negative head goes nowhere: padding. A negative tail beside a proper head is the last
+        # node, whichever of its entries is negative: so it is in neural-tangents.
+        tail_there, there = jnp.all(edges[..., 0] >= 0, axis=-1), jnp.all(edges[..., 1] >= 0, -1)
         place = jnp.zeros((*edges.shape[:2], 2), edges.dtype)
         for k, size in enumerate(sizes):
             place = place * size + edges[:, :, k, :] % size
+        tail = jnp.where(tail_there, place[..., 0], math.prod(sizes) - 1)
 
         def one(example, tails, heads, is_edge):
             read = jnp.where(is_edge[:, None], example[tails], jnp.zeros((), x.dtype))
             return jnp.zeros_like(example).at[heads].add(read)
 
-        y = jax.vmap(one)(flat, place[..., 0], place[..., 1], there).reshape(moved.shape)
+        y = jax.vmap(one)(flat, tail, place[..., 1], there).reshape(moved.shape)
         return jnp.transpose(y, [order.index(i) for i in range(x.ndim)])
 
     def apply(self, params, x, *, mask=None, pattern=None, **kwargs):
@@ -157,7 +159,8 @@ def Aggregate(
       to_dense: function from a pattern to adjacency matrices.
       implementation: 'DENSE': A is (batch, *axes, *axes), sources before targets. 'SPARSE': integer
         edges (batch, edges, number of axes, 2), or (batch, edges, 2) for one axis, each a tail and
-        a head; edges with a negative head are padding.
+        a head; edges with a negative entry in the head are padding. (A tail with a negative entry
+        beside a proper head is the last node, as in neural-tangents: pad both with -1.)
 
     Examples:
         >>> import jax.numpy as jnp

@@ -19,6 +19,7 @@ from __future__ import annotations
 import enum
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -141,6 +142,12 @@ class AttentionNode(Node):
         return channels
 
     def init_params(self, rng, shape):
+        if self.linear_scaling:
+            warnings.warn(
+                "GlobalSelfAttention: with linear_scaling=True one matrix serves for queries and "
+                "keys (tied weights), and no query weights are drawn.",
+                stacklevel=2,
+            )
         keys = jax.random.split(rng, 6)
         channels, ndim = shape[self.channel_axis], len(shape)
         wide = channels
@@ -378,6 +385,9 @@ def GlobalSelfAttention(
       val_pos_emb: do values see the embeddings, too.
       batch_axis: batch axis of the input.
       channel_axis: channel axis of the input.
+
+    Warns:
+      UserWarning: in `init_fn` with `linear_scaling`, that queries and keys share their weights.
 
     Returns:
       A layer with parameters `(Q | None, K, V, W_out, b | None, pos_emb | None)`.

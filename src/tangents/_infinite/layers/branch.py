@@ -28,6 +28,7 @@ class FanOutNode(Node):
 
     num: int
     name = "FanOut"
+    plane_wise = True
 
     def out_shape(self, shape):
         return [shape] * self.num
@@ -99,18 +100,35 @@ def _full_masks(masks, shapes):
     ]
 
 
-@node
-class FanInSumNode(Node):
-    """x_1 + x_2 + ..."""
+_ASSUMPTION = (
+    "FanIn layers assume that their inputs are independent, which is only partly checked: end "
+    "each branch with random weights of its own (Dense, Conv, GlobalSelfAttention, ...) or be sure "
+    "that at most one of them has none."
+)
 
-    name = "FanInSum"
+
+class _EntryWise(Node):
+    """Inputs of equal shapes, combined entry by entry."""
+
     many_inputs = True
+    kernel_warning = _ASSUMPTION
 
     def out_shape(self, shape):
         _check_list(self.name, shape)
         if any(tuple(s) != tuple(shape[0]) for s in shape):
             raise ValueError(f"{self.name}: all inputs must have equal shapes, and have {shape}")
         return tuple(shape[0])
+
+    def out_examples(self, index, out):
+        return index[0]
+
+
+@node
+class FanInSumNode(_EntryWise):
+    """x_1 + x_2 + ..."""
+
+    name = "FanInSum"
+    plane_wise = True
 
     def signal(self, signal):
         _check_list(self.name, signal)
@@ -131,9 +149,6 @@ class FanInSumNode(Node):
             out = out & m
         return out
 
-    def out_examples(self, index, out):
-        return index[0]
-
     def rule(self, context: Any, tile: Any) -> Tile:
         ntks = [t.ntk for t in tile]
         cov12 = sum((t.cov12 for t in tile[1:]), start=tile[0].cov12)
@@ -144,7 +159,11 @@ def FanInSum() -> Layer:
     """Sum of the inputs.
 
     At infinite width the sum of their kernels, if they are independent: each must be Gaussian, and
-    no two the same process (a warning says so where that can be seen).
+    no two the same process.
+
+    Warns:
+      UserWarning: at each call of `kernel_fn`, that independence is assumed; another where two
+        branches are seen to depend on each other.
 
     Raises:
       ValueError: if shapes differ.
@@ -161,17 +180,10 @@ def FanInSum() -> Layer:
 
 
 @node
-class FanInProdNode(Node):
+class FanInProdNode(_EntryWise):
     """x_1 * x_2 * ..."""
 
     name = "FanInProd"
-    many_inputs = True
-
-    def out_shape(self, shape):
-        _check_list(self.name, shape)
-        if any(tuple(s) != tuple(shape[0]) for s in shape):
-            raise ValueError(f"{self.name}: all inputs must have equal shapes, and have {shape}")
-        return tuple(shape[0])
 
     def signal(self, signal):
         _check_list(self.name, signal)
@@ -193,9 +205,6 @@ class FanInProdNode(Node):
         for m in full[1:]:
             out = out | m
         return out
-
-    def out_examples(self, index, out):
-        return index[0]
 
     def rule(self, context: Any, tile: Any) -> Tile:
         covs = [t.cov12 for t in tile]
@@ -234,6 +243,7 @@ class FanInConcatNode(Node):
     axis: int = -1
     name = "FanInConcat"
     many_inputs = True
+    kernel_warning = _ASSUMPTION
 
     @property
     def mixes_examples(self):  # pyright: ignore[reportIncompatibleVariableOverride]

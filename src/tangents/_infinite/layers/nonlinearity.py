@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tangents._infinite.dual.expansion import Expansion
 from tangents._infinite.dual.form import DualKernel
 from tangents._infinite.graph import Node, hyper, node
 from tangents._infinite.layer import Layer
@@ -26,13 +27,19 @@ class NonlinearityNode(Node):
     """
 
     label: str
-    kernel: DualKernel
+    kernel: DualKernel | Expansion
     hyper: Any = hyper()
+    kernel_warning: str | None = None
     gaussian_input = True
 
     @property
     def name(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.label
+
+    @property
+    def plane_wise(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        # Coefficients of an expansion belong to single positions, which planes repeat.
+        return not isinstance(self.kernel, Expansion)
 
     def gaussian(self, incoming):
         return False
@@ -54,13 +61,19 @@ class NonlinearityNode(Node):
 
     def rule(self, context, tile):
         var1, var2 = context.variances
-        dual = self.kernel.dual(self.hyper, tile.cov12, var1, var2, tile.gap12)
+        if isinstance(self.kernel, Expansion):
+            sides = context.pair(context.variance(1), context.variance(2))
+            dual = self.kernel.from_sides(self.hyper, tile.cov12, var1, var2, *sides)
+        else:
+            dual = self.kernel.dual(self.hyper, tile.cov12, var1, var2, tile.gap12)
         ntk = tile.ntk
         if ntk is not None and ntk.ndim > 0:  # a zero without axes stays one
             ntk = dual.d_nngp * ntk
         return Tile(dual.nngp, ntk, dual.gap12)
 
 
-def nonlinearity(name: str, kernel: DualKernel, **hyper: Any) -> Layer:
+def nonlinearity(
+    name: str, kernel: DualKernel | Expansion, *, kernel_warning: str | None = None, **hyper: Any
+) -> Layer:
     """A layer from a dual kernel and the scalars of its nonlinearity."""
-    return Layer(NonlinearityNode(name, kernel, hyper))
+    return Layer(NonlinearityNode(name, kernel, hyper, kernel_warning))

@@ -1,4 +1,4 @@
-"""Any function of one number: with its dual given, or by quadrature (`dual/quadrature.py`)."""
+"""Any function of one number: its dual by expansion, given, or by quadrature."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from tangents._core.typing import Array
 from tangents._infinite.dual.quadrature import elementwise, elementwise_numerical
 from tangents._infinite.layer import Layer
 from tangents._infinite.layers.nonlinearity import nonlinearity
+from tangents._infinite.layers.nonlinearity_expanded import expansion_of
 
 
 def Elementwise(
@@ -16,20 +17,28 @@ def Elementwise(
     nngp_fn: Callable[[Array, Array, Array], Array] | None = None,
     d_nngp_fn: Callable[[Array, Array, Array], Array] | None = None,
 ) -> Layer:
-    """A nonlinearity whose dual kernel you know, phi = fn.
+    """Any nonlinearity, phi = fn; its dual kernel is found, or given by you. Named after `fn`.
 
-    K' = nngp_fn(K, v1, v2) and T' = d_nngp_fn(K, v1, v2) T, where, under
+    With `fn` alone K' and T' come from a Hermite expansion (Daniely et al. 2016, lemma 11),
+
+        K' = Σ_n a_n(v1) a_n(v2) ρ^n,   a_n(v) = E[phi(√v z) he_n(z)],   ρ = K / √(v1 v2),
+
+    with as many terms as the largest variance asks for; kinks of `fn` between -16 and 16 are found
+    and their part of the sum taken in closed form (`dual/expansion.py` has formulas, sources, and
+    `truncation`, the share that is left out; docs/infinite.md has measured errors).
+
+    With `nngp_fn` K' = nngp_fn(K, v1, v2) and T' = d_nngp_fn(K, v1, v2) T, where, under
     (u, v) ~ N(0, [[v1, K], [K, v2]]), nngp_fn is E[phi(u) phi(v)] and d_nngp_fn its derivative in
-    K, E[phi'(u) phi'(v)] (Price 1958). The layer is named after `fn`.
+    K, E[phi'(u) phi'(v)] (Price 1958).
 
     Args:
       fn: phi, applied to arrays element by element. None: `apply_fn` is not available.
-      nngp_fn: function of three scalars. None: `kernel_fn` is not available.
+      nngp_fn: function of three scalars. None: the expansion of `fn`.
       d_nngp_fn: function of three scalars. None: `nngp_fn` is differentiated in its first argument.
 
     Raises:
       ValueError: if both `fn` and `nngp_fn` are None.
-      NotImplementedError: in `apply_fn` without `fn`, in `kernel_fn` without `nngp_fn`.
+      NotImplementedError: in `apply_fn` without `fn`; in `kernel_fn` with `d_nngp_fn` alone.
 
     Warns:
       UserWarning: if `d_nngp_fn` is derived; it may be nan where the formula is 0/0, as often at
@@ -37,6 +46,7 @@ def Elementwise(
 
     Examples:
         >>> import jax.numpy as jnp
+        >>> import numpy as np
         >>> from tangents import stax
         >>> square = stax.Elementwise(
         ...     lambda x: x**2,
@@ -46,6 +56,9 @@ def Elementwise(
         >>> _, _, kernel_fn = stax.serial(stax.Dense(1), square)
         >>> kernel_fn(jnp.ones((1, 2)), None, "nngp").tolist()
         [[3.0]]
+        >>> _, _, kernel_fn = stax.serial(stax.Dense(1), stax.Elementwise(jnp.arctan))
+        >>> print(np.asarray(kernel_fn(jnp.ones((1, 2)), None, "nngp")).round(4))
+        [[0.4497]]
     """
     if fn is None and nngp_fn is None:
         raise ValueError("Elementwise: give fn (for apply_fn), nngp_fn (for kernel_fn), or both")
@@ -57,6 +70,8 @@ def Elementwise(
             stacklevel=2,
         )
     name = getattr(fn, "__name__", "Elementwise")
+    if fn is not None and nngp_fn is None and d_nngp_fn is None:
+        return nonlinearity(name, expansion_of(fn))
     return nonlinearity(name, elementwise(fn, nngp_fn, d_nngp_fn))
 
 

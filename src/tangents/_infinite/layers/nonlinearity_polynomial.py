@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,27 +23,24 @@ def Hermite(degree: int) -> Layer:
       ValueError: if `degree` is not a non-negative integer.
 
     Warns:
-      UserWarning: as the polynomials are orthonormal for inputs of variance 1 only.
+      UserWarning: at each call of `kernel_fn`, as the polynomials are orthonormal for inputs of
+        variance 1 only.
 
     Examples:
-        >>> import warnings
         >>> import jax.numpy as jnp
         >>> from tangents import stax
-        >>> with warnings.catch_warnings():
-        ...     warnings.simplefilter("ignore")
-        ...     _, phi, _ = stax.Hermite(1)
+        >>> _, phi, _ = stax.Hermite(1)
         >>> phi((), jnp.array([0.5])).tolist()
         [0.5]
     """
     if not isinstance(degree, int) or degree < 0:
         raise ValueError(f"Hermite: degree={degree!r} must be an integer >= 0")
-    warnings.warn(
+    warning = (
         f"Hermite({degree}): Hermite polynomials are orthonormal for inputs of variance 1 (unit "
         f"norm), and only then is the NNGP the {degree}-th power of that before the layer. Other "
-        "variances are accounted for exactly; they grow fast with the degree.",
-        stacklevel=2,
+        "variances are accounted for exactly; they grow fast with the degree."
     )
-    return nonlinearity("Hermite", hermite(degree))
+    return nonlinearity("Hermite", hermite(degree), kernel_warning=warning)
 
 
 def Monomial(degree: int) -> Layer:

@@ -34,8 +34,34 @@ def needs_all_pairs(need: Need) -> Need:
     return Need(Layout.FULL, Layout.FULL if need.side > Layout.NONE else Layout.NONE)
 
 
+class _Pooling(Node):
+    """What all poolings share."""
+
+    average: bool
+    batch_axis: int
+    channel_axis: int
+
+    def input_axes(self):
+        return self.batch_axis, self.channel_axis
+
+    def needs(self, need):
+        return needs_all_pairs(need)
+
+    def rule(self, context, tile):
+        if self.average:
+            check_channel_masks(self, context)
+        m1 = activation_mask(context.mask1, context.in1)
+        m2 = activation_mask(context.mask2, context.in2)
+        return linear_rule(
+            context,
+            tile,
+            lambda x: self.apply((), x, mask=m1),
+            lambda x: self.apply((), x, mask=m2),
+        )
+
+
 @node
-class PoolNode(Node):
+class PoolNode(_Pooling):
     """Average or sum over windows."""
 
     average: bool
@@ -45,13 +71,11 @@ class PoolNode(Node):
     normalize_edges: bool = False
     batch_axis: int = 0
     channel_axis: int = -1
+    closes_planes = "windows"
 
     @property
     def name(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         return "AvgPool" if self.average else "SumPool"
-
-    def input_axes(self):
-        return self.batch_axis, self.channel_axis
 
     def _axes(self, ndim: int) -> tuple[int, ...]:
         skip = (self.batch_axis % ndim, self.channel_axis % ndim)
@@ -101,36 +125,19 @@ class PoolNode(Node):
         )
         return window_mask(mask, axes, self._windows(shape))
 
-    def needs(self, need):
-        return needs_all_pairs(need)
-
-    def rule(self, context, tile):
-        if self.average:
-            check_channel_masks(self, context)
-        m1 = activation_mask(context.mask1, context.in1)
-        m2 = activation_mask(context.mask2, context.in2)
-        return linear_rule(
-            context,
-            tile,
-            lambda x: self.apply((), x, mask=m1),
-            lambda x: self.apply((), x, mask=m2),
-        )
-
 
 @node
-class GlobalPoolNode(Node):
+class GlobalPoolNode(_Pooling):
     """Average or sum over all positions."""
 
     average: bool
     batch_axis: int = 0
     channel_axis: int = -1
+    closes_planes = "everything"
 
     @property
     def name(self):  # pyright: ignore[reportIncompatibleVariableOverride]
         return "GlobalAvgPool" if self.average else "GlobalSumPool"
-
-    def input_axes(self):
-        return self.batch_axis, self.channel_axis
 
     def _axes(self, ndim: int) -> tuple[int, ...]:
         skip = (self.batch_axis % ndim, self.channel_axis % ndim)
@@ -162,21 +169,6 @@ class GlobalPoolNode(Node):
 
     def mask_out(self, mask, shape):
         return jnp.all(mask, axis=self._axes(len(shape)))
-
-    def needs(self, need):
-        return needs_all_pairs(need)
-
-    def rule(self, context, tile):
-        if self.average:
-            check_channel_masks(self, context)
-        m1 = activation_mask(context.mask1, context.in1)
-        m2 = activation_mask(context.mask2, context.in2)
-        return linear_rule(
-            context,
-            tile,
-            lambda x: self.apply((), x, mask=m1),
-            lambda x: self.apply((), x, mask=m2),
-        )
 
 
 def _pool(average, window_shape, strides, padding, normalize_edges, batch_axis, channel_axis):

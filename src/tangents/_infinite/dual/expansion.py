@@ -1,0 +1,426 @@
+"""The dual of any function of one number: a Hermite expansion, kinks apart.
+
+With a_n(v) = E[phi(sqrt(v) z) he_n(z)], he_n the normalised probabilists' polynomials, and rho the
+correlation (Mehler 1866; Daniely et al. 2016, lemma 11),
+
+    E[phi(u) phi(v)] = sum_n a_n(var1) a_n(var2) rho^n,
+
+and E[phi'(u) phi'(v)] is the same with the coefficients b_n of phi'. The coefficients belong to
+one side each, so they are computed for rows and columns, not for pairs: a pair costs two
+multiplications and an addition for each term.
+
+Where phi is analytic, a_n falls faster than any power. A jump of the m-th derivative leaves
+a_n ~ n^(-m/2 - 3/4), and the sum of a truncated series (Han et al. 2022, "Fast neural kernel
+embeddings for general activations", sec. 3) is wrong near rho = 1 where kernels matter most.
+Here jumps are taken out: with phi = ... + sum_b J_b (x - b)_+ and k_n the coefficients of that,
+
+    E[phi(u) phi(v)] = sum_n (a_n a_n - k_n k_n) rho^n + sum_bc J_b J_c E[(u - b)_+ (v - c)_+],
+
+with the last expectation in closed form (`orthant.py`, for b = c = 0 `arc_cosine.py`). At 0 jumps
+of the second derivative are taken out likewise, and of the third where the slope jumps too:
+
+    E[u_+ v_+^3] = 3 var2 (E[u_+ v_+] - s sin(theta)^3 / 6 pi),   s = sqrt(var1 var2),
+    E[1(u > 0) v_+^2] = var2 (P(u, v > 0) + sin(theta) cos(theta) / 2 pi).
+
+What is left over falls fast again.
+
+The number of terms is the smallest of a few for which the last quarter of the series does not
+matter at the largest variance there is (a decision of the running program). `truncation` says what
+is left at the largest number. For a phi without kinks that rest is added at its size, as one more
+even and one more odd power: so the diagonal is right, and the kernel positive semidefinite, always.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tangents._core import precision
+from tangents._core.typing import Array
+from tangents._infinite.dual import arc_cosine
+from tangents._infinite.dual.angle import norm, reciprocal, safe_sqrt, sine_squared
+from tangents._infinite.dual.form import Dual
+from tangents._infinite.dual.orthant import mirrored, power_coefficients, ramps_and_steps
+
+Phi = Callable[[Any, Array], Array]
+
+_TERMS = {4: (16, 32, 64, 160, 640), 8: (64, 256, 1024)}  # by bytes of a number
+_REACH = {4: 7.0, 8: 10.0}  # of the quadrature, in standard deviations
+_SMALL = {4: 1e-5, 8: 1e-13}  # share of the last quarter of the series that does not matter
+_ROUNDING = {4: 2e-6, 8: 1e-13}  # of a sum of squares
+_UNROLLED = 40
+_BLOCK = 16
+_CHUNK = 8192  # variances whose coefficients are computed at once
+
+
+class Kink(NamedTuple):
+    """Jumps of phi, phi', ... at a place; each may be a tracer, and a float 0 is no jump."""
+
+    place: float
+    jumps: tuple[Any, Any, Any, Any]
+
+
+class Expansion(NamedTuple):
+    """The faces of a `DualKernel`, and `from_sides`, which is told the variances of both sides.
+
+    from_sides: `(hyper, cov12, var1, var2, side1, side2) -> Dual`; var1, var2 are the variances of
+      each pair, side1, side2 the same numbers, broadcastable, not repeated for each pair.
+    truncation: `(hyper, var) -> share` of the last quarter of the longest series of phi', at equal
+      inputs of these variances: what is left out is of that size.
+    """
+
+    phi: Phi
+    dual: Callable[..., Dual]
+    diagonal: Callable[[Any, Array], Array]
+    from_sides: Callable[..., Dual]
+    truncation: Callable[[Any, Array], Array]
+    carries_gap: bool = False
+
+
+def _none(jump: Any) -> bool:
+    return isinstance(jump, float) and jump == 0.0
+
+
+def _third_at_zero(kinks: Sequence[Kink]) -> Any:
+    """The jump of the third derivative at 0, where phi' jumps there and nowhere else; else None.
+
+    Coefficients of the first and third jump are of one parity, so they meet in the series, and
+    their products fall but by one power of n faster than those of the first jump alone.
+    """
+    bends = [k for k in kinks if not _none(k.jumps[1])]
+    if len(bends) != 1 or bends[0].place != 0.0 or _none(bends[0].jumps[3]):
+        return None
+    return bends[0].jumps[3]
+
+
+# ---- coefficients --------------------------------------------------------------------------------
+
+
+@functools.cache
+def _rule(terms: int, itemsize: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Nodes z, weights w of the Gaussian, and w he_n(z), (nodes, terms).
+
+    Gauss-Legendre on each half-line, so that what happens at 0 does not matter. The fastest
+    oscillation of phi he_n that counts is 2 sqrt(terms).
+    """
+    reach = _REACH[itemsize]
+    n = math.ceil(reach * math.sqrt(terms) / 2) + 6 * itemsize
+    x, w = np.polynomial.legendre.leggauss(n)
+    z = np.concatenate([-(x[::-1] + 1), x + 1]) * reach / 2
+    w = np.concatenate([w[::-1], w]) * reach / 2 * np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    columns = [w]
+    before = np.zeros_like(w)
+    for j in range(terms - 1):
+        after = (z * columns[-1] - math.sqrt(j) * before) / math.sqrt(j + 1)
+        before = columns[-1]
+        columns.append(after)
+    return z, w, np.stack(columns, 1)
+
+
+class _Side(NamedTuple):
+    """Coefficients of one side, each (terms, *var.shape): of phi, phi' and their kinks.
+
+    value[0] is of phi, the others are subtracted; slope the same of phi'.
+    """
+
+    value: tuple[Array, ...]
+    slope: tuple[Array, ...]
+
+
+def _derivative(phi: Phi, hyper: Any) -> Callable[[Array], Array]:
+    return lambda x: jax.jvp(lambda x: phi(hyper, x), (x,), (jnp.ones_like(x),))[1]
+
+
+def _smooth_values(phi: Phi, hyper: Any, kinks: Sequence[Kink], x: Array) -> tuple[Array, Array]:
+    """Values of phi and phi' at x without their jumps at places other than 0."""
+    value, slope = phi(hyper, x), _derivative(phi, hyper)(x)
+    zero = jnp.zeros((), x.dtype)
+    for place, (jump, bend, curve, _) in kinks:
+        if place == 0.0:
+            continue
+        beyond = jnp.maximum(x - place, zero)
+        side = (x > place).astype(x.dtype)
+        value = value - jump * side - bend * beyond - curve * (beyond * beyond / 2)
+        slope = slope - bend * side - curve * beyond
+    return value, slope
+
+
+def _exponents(parity: int | None, terms: int) -> range:
+    return range(terms) if parity is None else range(parity, terms, 2)
+
+
+def _coefficients(
+    phi: Phi, hyper: Any, kinks: Sequence[Kink], parity: int | None, terms: int, var: Array
+) -> _Side:
+    shape, flat = var.shape, var.reshape(-1)
+    if flat.size > _CHUNK:
+        one = functools.partial(_coefficients, phi, hyper, kinks, parity, terms)
+        side = jax.lax.map(one, flat, batch_size=_CHUNK)
+        side = jax.tree.map(lambda a: jnp.moveaxis(a, 0, -1), side)
+    else:
+        side = _flat_coefficients(phi, hyper, kinks, parity, terms, flat)
+    return jax.tree.map(lambda a: a.reshape((*a.shape[:1], *shape)), side)
+
+
+def _flat_coefficients(phi, hyper, kinks, parity, terms, var) -> _Side:
+    itemsize = var.dtype.itemsize
+    z, w, weighted = (jnp.asarray(a, var.dtype) for a in _rule(terms, itemsize))
+    sigma = safe_sqrt(var)
+    value, slope = _smooth_values(phi, hyper, kinks, sigma[:, None] * z)
+    dot = functools.partial(jnp.einsum, "eq,qn->ne", precision=precision.DEFAULT)
+    a, b = dot(value, weighted), dot(slope, weighted)
+    kink_a, kink_b, bend0 = jnp.zeros_like(a), jnp.zeros_like(a), None
+    away = jnp.maximum(sigma, float(np.sqrt(jnp.finfo(var.dtype).tiny)) ** 0.5)
+    third = _third_at_zero(kinks)
+    for place, (jump, bend, curve, _) in kinks:
+        h = place / away if place else jnp.zeros((1,), var.dtype)
+        power = functools.cache(lambda m, h=h: power_coefficients(h, m, terms))
+        if place != 0.0:
+            if not _none(jump):
+                a = a + jump * power(0)
+            if not _none(curve):
+                a, b = a + curve * away**2 * power(2), b + curve * away * power(1)
+        if not _none(bend):
+            ramps, steps = bend * away * power(1), bend * power(0)
+            if third is not None:
+                ramps = ramps + third * away**3 * power(3)
+                steps = steps + third * away**2 * power(2)
+            kink_a, kink_b = kink_a + ramps, kink_b + steps
+            if place != 0.0:
+                a, b = a + ramps, b + steps
+        if place == 0.0 and not _none(curve):
+            bend0 = curve * away**2 * power(2), curve * away * power(1)
+    values, slopes = [a], [b]
+    if any(not _none(k.jumps[1]) for k in kinks):
+        values.append(kink_a)
+        slopes.append(kink_b)
+    if bend0 is not None:
+        values.append(bend0[0])
+        slopes.append(bend0[1])
+    other = None if parity is None else 1 - parity  # of phi'
+    own, others = (np.asarray(_exponents(p, terms)) for p in (parity, other))
+    if kinks:
+        return _Side(tuple(c[own] for c in values), tuple(c[others] for c in slopes))
+    return _Side(
+        (_with_rest(a[own], value, w, parity, terms),),
+        (_with_rest(b[others], slope, w, other, terms),),
+    )
+
+
+def _with_rest(a: Array, value: Array, w: Array, parity: int | None, terms: int) -> Array:
+    """Append what a_n lacks of E[phi^2] = sum a_n^2, apart for even and odd n."""
+    mirrored = value[:, ::-1]
+    rest = []
+    for odd in (0, 1) if parity is None else (parity,):
+        part = (value - mirrored if odd else value + mirrored) / 2
+        total = jnp.einsum("eq,q->e", part * part, w, precision=precision.DEFAULT)
+        own = a[odd::2] if parity is None else a
+        missing = total - jnp.sum(own * own, 0)
+        small = _ROUNDING[a.dtype.itemsize] * total  # its root is not to be added
+        rest.append(safe_sqrt(jnp.where(missing > small, missing, 0)))
+    if parity is None and terms % 2:
+        rest = rest[::-1]
+    return jnp.concatenate([a, jnp.stack(rest)])
+
+
+# ---- the series ----------------------------------------------------------------------------------
+
+
+class _Form(NamedTuple):
+    """Exponents start, start + step, ...; `falling`: times n (n-1) ..., a derivative of that order.
+
+    The first product of coefficients is added, the others are subtracted.
+    """
+
+    start: int
+    step: int
+    falling: int = 0
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _series(form: _Form, one: tuple[Array, ...], two: tuple[Array, ...], rho: Array) -> Array:
+    """sum_n one_n two_n n (n-1) ... rho^(n - falling)."""
+    return _sum(form, one, two, rho)
+
+
+@_series.defjvp
+def _series_jvp(form, primals, tangents):
+    # The change of the coefficients goes through the plain sum: it is linear, and keeps nothing
+    # but rho for reverse mode.
+    one, two, rho = primals
+    d_one, d_two, d_rho = tangents
+    slope = _series(form._replace(falling=form.falling + 1), one, two, rho)
+    change = slope * d_rho + _sum(form, d_one, two, rho) + _sum(form, one, d_two, rho)
+    return _series(form, one, two, rho), change
+
+
+def _sum(form: _Form, one: tuple[Array, ...], two: tuple[Array, ...], rho: Array) -> Array:
+    exponents = np.asarray(range(form.start, form.start + form.step * len(one[0]), form.step))
+    keep = np.flatnonzero(exponents >= form.falling)
+    if not len(keep):
+        return jnp.zeros_like(rho)
+    factors = np.asarray([float(math.perm(int(n), form.falling)) for n in exponents[keep]])
+    shape = (len(keep),) + (1,) * (one[0].ndim - 1)
+    factors = jnp.asarray(factors, rho.dtype).reshape(shape)
+    first = int(keep[0])
+    left = [(1 if i == 0 else -1) * factors * c[first:] for i, c in enumerate(one)]
+    right = [c[first:] for c in two]
+    base = rho if form.step == 1 else rho * rho
+    total = _horner(left, right, base)
+    start = int(exponents[first]) - form.falling
+    return total if start == 0 else total * rho**start
+
+
+def _term(left, right, n) -> Array:
+    total = left[0][n] * right[0][n]
+    for a, b in zip(left[1:], right[1:], strict=True):
+        total = total + a[n] * b[n]
+    return total
+
+
+def _horner(left: list[Array], right: list[Array], base: Array) -> Array:
+    # Made once: fused into the sum over pairs they would be made again for each pair.
+    left, right = jax.lax.optimization_barrier(left), jax.lax.optimization_barrier(right)
+    terms = left[0].shape[0]
+    total = jnp.zeros(jnp.broadcast_shapes(left[0].shape[1:], right[0].shape[1:], base.shape))
+    total = total.astype(base.dtype)
+    if terms <= _UNROLLED:
+        for n in reversed(range(terms)):
+            total = total * base + _term(left, right, n)
+        return total
+    pad = -terms % _BLOCK
+
+    def blocks(c):
+        c = jnp.concatenate([c, jnp.zeros((pad, *c.shape[1:]), c.dtype)])
+        return c.reshape((-1, _BLOCK, *c.shape[1:]))
+
+    def add(total, block):
+        for n in reversed(range(_BLOCK)):
+            total = total * base + _term(block[0], block[1], n)
+        return total, None
+
+    return jax.lax.scan(add, total, ([*map(blocks, left)], [*map(blocks, right)]), reverse=True)[0]
+
+
+# ---- the dual ------------------------------------------------------------------------------------
+
+
+def _clip(rho: Array) -> Array:
+    """Into [-1, 1] against rounding; the derivative stays."""
+    return rho + jax.lax.stop_gradient(jnp.clip(rho, -1, 1) - rho)
+
+
+def _closed_part(kinks: Sequence[Kink], cov12, var1, var2, side1, side2) -> tuple[Any, Any]:
+    """Expectations of the products of all ramps (for phi) and of all steps (for phi')."""
+    value, slope = jnp.zeros_like(cov12), jnp.zeros_like(cov12)
+    pair = (cov12, var1, var2)
+    s = norm(side1, side2)
+    rho = _clip(cov12 * reciprocal(s))
+    sine = safe_sqrt(sine_squared(*pair))
+    tiny = float(np.sqrt(jnp.finfo(cov12.dtype).tiny)) ** 0.5
+    away1, away2 = (jnp.maximum(safe_sqrt(v), tiny) for v in (side1, side2))
+
+    @functools.cache
+    def products(b: float, c: float) -> tuple[Array, Array]:
+        """Of ramps and steps of standard normal numbers, for thresholds b and c."""
+        if b < 0 or (b == 0 and c < 0):
+            h, k = -b / away1, -c / away2
+            return mirrored(products(-b, -c), rho, h, k)
+        return ramps_and_steps(rho, sine, b / away1, c / away2)
+
+    bends = [(k.place, k.jumps[1]) for k in kinks if not _none(k.jumps[1])]
+    for b, jump1 in bends:
+        for c, jump2 in bends:
+            if b == c == 0.0:
+                ramps, steps = (arc_cosine._half_moment(m, pair) for m in (1, 0))
+            else:
+                ramps, steps = products(b, c)
+                ramps = away1 * away2 * ramps
+            value, slope = value + jump1 * jump2 * ramps, slope + jump1 * jump2 * steps
+    third = _third_at_zero(kinks)
+    if third is not None:
+        both, own = bends[0][1] * third / 2 * (var1 + var2), third * third
+        ramps, steps = (arc_cosine._half_moment(m, pair) for m in (1, 0))
+        value = value + both * (ramps - s * sine**3 / (6 * math.pi))
+        value = value + own / 36 * arc_cosine._half_moment(3, pair)
+        slope = slope + both * (steps + sine * rho / (2 * math.pi))
+        slope = slope + own / 4 * arc_cosine._half_moment(2, pair)
+    for place, (_, _, curve, _) in kinks:
+        if place == 0.0 and not _none(curve):
+            square = curve * curve
+            value = value + square / 4 * arc_cosine._half_moment(2, pair)
+            slope = slope + square * arc_cosine._half_moment(1, pair)
+    return value, slope
+
+
+def _rough(side: _Side, parity: int | None, terms: int) -> Array:
+    """Last quarter of the first terms of the series of phi', at equal inputs, over E[phi'^2]."""
+    used = terms if parity is None else terms // 2
+    squares = jnp.square(side.slope[0][:used])
+    products = jnp.abs(squares - sum(jnp.square(c[:used]) for c in side.slope[1:]))
+    return products[-(used // 4) :].sum(0) / (squares.sum(0) + jnp.finfo(products.dtype).tiny)
+
+
+def expand(
+    phi: Phi,
+    kinks: Callable[[Any], Sequence[Kink]] = lambda hyper: (),
+    parity: int | None = None,
+) -> Expansion:
+    """The dual of phi.
+
+    Args:
+      phi: `(hyper, x) -> y`, element by element, differentiable by JAX.
+      kinks: places and jumps for values of the hyperparameters.
+      parity: 0: phi is even, 1: odd, None: neither; None also where there are kinks.
+    """
+    slope_parity = None if parity is None else 1 - parity
+
+    def at_level(hyper, terms, cov12, var1, var2, side1, side2):
+        ks = tuple(kinks(hyper))
+        make = functools.partial(_coefficients, phi, hyper, ks, parity, terms)
+        one = make(side1)
+        two = one if side2 is side1 else make(side2)
+        rho = _clip(cov12 * reciprocal(norm(side1, side2)))
+        step_ = 1 if parity is None else 2
+        value = _series(_Form(parity or 0, step_), one.value, two.value, rho)
+        slope = _series(_Form(slope_parity or 0, step_), one.slope, two.slope, rho)
+        return value, slope
+
+    def from_sides(hyper, cov12, var1, var2, side1, side2) -> Dual:
+        ks = tuple(kinks(hyper))
+        levels = _TERMS[cov12.dtype.itemsize]
+        small = _SMALL[cov12.dtype.itemsize]
+        largest = jax.lax.stop_gradient(
+            jnp.maximum(jnp.max(side1, initial=0), jnp.max(side2, initial=0))
+        ).reshape(1)
+        frozen = jax.lax.stop_gradient(hyper)
+        probe = _coefficients(phi, frozen, tuple(kinks(frozen)), parity, levels[-1], largest)
+        rough = [jnp.max(_rough(probe, parity, terms)) > small for terms in levels[:-1]]
+        level = sum((r.astype(jnp.int32) for r in rough[1:]), start=rough[0].astype(jnp.int32))
+        branches = [
+            lambda *args, terms=terms: at_level(args[0], terms, *args[1:]) for terms in levels
+        ]
+        value, slope = jax.lax.switch(level, branches, hyper, cov12, var1, var2, side1, side2)
+        if ks:
+            more, steeper = _closed_part(ks, cov12, var1, var2, side1, side2)
+            value, slope = value + more, slope + steeper
+        return Dual(value, slope)
+
+    def dual(hyper, cov12, var1, var2, gap12=None) -> Dual:
+        return from_sides(hyper, cov12, var1, var2, var1, var2)
+
+    def diagonal(hyper, var):
+        return dual(hyper, var, var, var).nngp
+
+    def truncation(hyper, var):
+        ks = tuple(kinks(hyper))
+        terms = _TERMS[var.dtype.itemsize][-1]
+        return _rough(_coefficients(phi, hyper, ks, parity, terms, var), parity, terms)
+
+    return Expansion(phi, dual, diagonal, from_sides, truncation)
