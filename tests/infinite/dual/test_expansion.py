@@ -276,6 +276,21 @@ def test_gradient_in_hyperparameters(x64):
         np.testing.assert_allclose(slope[i], difference, rtol=1e-6 if x64 else 1e-2)
 
 
+def test_kernels_are_symmetric_and_positive_semidefinite(x64):
+    x = jax.random.normal(jax.random.key(2), (12, 5))
+    for K in network(stax.Tanh())[2](x, None, ("nngp", "ntk")):
+        np.testing.assert_allclose(K, K.T, rtol=1e-12 if x64 else 1e-5)
+        assert np.linalg.eigvalsh(K).min() > -(1e-13 if x64 else 1e-6) * np.linalg.norm(K, 2)
+
+
+@pytest.mark.slow  # mapped over, every number of terms is compiled and computed
+def test_kernels_map_over_rows(x64):
+    x = jax.random.normal(jax.random.key(2), (4, 5))
+    kernel_fn = stax.serial(stax.Dense(1), stax.Tanh(), stax.Dense(1))[2]
+    rows = jax.vmap(lambda a: kernel_fn(a[None], x, "ntk")[0])(x)
+    np.testing.assert_allclose(rows, kernel_fn(x, None, "ntk"), rtol=1e-10 if x64 else 1e-4)
+
+
 def test_positions_of_images(rtol):
     """All layouts of a tile give the same numbers."""
     x = jax.random.normal(jax.random.key(3), (2, 4, 3, 2))
