@@ -154,8 +154,11 @@ def test_pairs_of_arguments_are_paired_again(data, close):
     )
     close(got.mean, exact.mean)
     close(got.covariance, exact.covariance)
+    # A pair given once serves all kernels: parameters of a layer, (W, b), are one too.
+    close(ensemble(None, xt, "nngp"), ensemble(None, xt, "nngp", scale=(2.0, 2.0)))
+    bare = predict.gradient_descent_mse_ensemble(kernel_fn, x, y)
     with pytest.raises(ValueError, match="pass scale both"):
-        ensemble(None, xt, "nngp")
+        bare(None, xt, "nngp", scale=(3.0, 3.0))
     mixed = predict.gradient_descent_mse_ensemble(kernel_fn, x, y, scale=None)
     with pytest.raises(ValueError, match="one value, or a pair for each"):
         mixed(None, xt, "nngp", scale=1.0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tangents
-from tangents import batch, monte_carlo_kernel_fn
+from tangents import batch, monte_carlo_kernel_fn, stax
 
 Pair = collections.namedtuple("Pair", "nngp ntk")
 
@@ -30,6 +30,19 @@ def test_any_batch_size(batch_size, second, rtol):
     x1, x2 = inputs(5), inputs(4, 1) if second else None
     got = batch(kernel_fn, batch_size)(x1, x2)
     for a, b in zip(got, kernel_fn(x1, x2), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol)
+
+
+@pytest.mark.parametrize("second", [True, False])
+def test_kernels_of_parallel_layers_continue_in_tiles(second, rtol):
+    net = lambda n: stax.parallel(stax.Dense(n), stax.parallel(stax.Dense(n), stax.Dense(n)))
+    first, last = net(4)[2], net(1)[2]
+    x1 = (inputs(5), (inputs(5, 1), inputs(5, 2)))
+    x2 = (inputs(4, 3), (inputs(4, 4), inputs(4, 5))) if second else None
+    tiled = batch(lambda k, x2: last(k, get="ntk"), 2)(batch(first, 2)(x1, x2))
+    whole = last(first(x1, x2), get="ntk")
+    assert jax.tree.structure(tiled) == jax.tree.structure(whole)
+    for a, b in zip(jax.tree.leaves(tiled), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=rtol)
 
 

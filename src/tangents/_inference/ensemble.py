@@ -295,15 +295,17 @@ def _test_train_kwargs(test: dict[str, Any], train: dict[str, Any]) -> dict[str,
     """Arguments for (test, train): first halves of the test pairs, second of the training pairs."""
     merged: dict[str, Any] = {}
     for name in {**train, **test}:
-        if name not in test or name not in train:
-            given = test.get(name, train.get(name))
-            where = "test" if name not in test else "training"
-            if _is_pair(given):
+        if name not in test:
+            # Not necessarily one half for each side: the parameters of a layer are a pair too.
+            merged[name] = train[name]
+            continue
+        if name not in train:
+            if _is_pair(test[name]):
                 raise ValueError(
-                    f"{CALLER}: {name} is a pair of arrays, but the {where} arguments have none: "
+                    f"{CALLER}: {name} is a pair of arrays, but the training arguments have none: "
                     f"pass {name} both to gradient_descent_mse_ensemble and to predict_fn."
                 )
-            merged[name] = given
+            merged[name] = test[name]
             continue
         first, second = test[name], train[name]
         if _is_pair(first) and _is_pair(second):

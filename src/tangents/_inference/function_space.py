@@ -94,12 +94,12 @@ def gradient_descent(
 
     Returns:
         `predict_fn(t=None, fx_train_or_state_0=0., fx_test_0=None, k_test_train=None)`. `t`: a time
-        or a strictly increasing 1-D array; `None` or infinity runs until the outputs no longer
-        move, that
-            is until a doubling of the time changes them by less than 100 tolerances; a loss without
-            a minimum at finite outputs (cross-entropy) never gets there. Results
-        as in `gradient_descent_mse`; if the second argument is an `ODEState`, one is returned,
-        whose `fx_test` replaces `fx_test_0`. It may be called under `jit` and `vmap`.
+        or an array of times of any shape, strictly increasing in row-major order, whose axes lead
+        in the results; `None` or infinity runs until the outputs no longer move, that is until a
+        doubling of the time changes them by less than 100 tolerances; a loss without a minimum at
+        finite outputs (cross-entropy) never gets there. Results as in `gradient_descent_mse`; if
+        the second argument is an `ODEState`, one is returned, whose `fx_test` replaces `fx_test_0`.
+        It may be called under `jit` and `vmap`.
 
     Raises:
         ValueError: if shapes do not fit, if times do not increase, or if velocities are given
@@ -162,12 +162,11 @@ def gradient_descent(
         )
         times = as_times(jnp.inf if t is None else t, dtype, caller)
         _check_increasing(t, times, caller)
-        flat = jnp.atleast_1d(times) * rate
+        flat = times.reshape(-1) * rate
         field = lambda s: derivative(s, k_td)
         last_infinite = t is None or (is_concrete(t) and bool(np.isinf(np.asarray(t)).any()))
         out = _integrate(field, state, flat, solver, rtol, atol, max_steps, last_infinite, caller)
-        if times.ndim == 0:
-            out = jax.tree.map(lambda a: a[0], out)
+        out = jax.tree.map(lambda a: a.reshape(times.shape + a.shape[1:]), out)
         if isinstance(fx_train_or_state_0, ODEState):
             return out
         if fx_train_or_state_0 is None:
@@ -216,13 +215,11 @@ def _start(
 
 
 def _check_increasing(t: Any, times: Array, caller: str) -> None:
-    if times.ndim > 1:
+    if times.ndim and is_concrete(t) and not (np.diff(np.ravel(t).astype(np.float64)) > 0).all():
         raise ValueError(
-            f"{caller}: t has shape {times.shape}; pass a number or a 1-D array of increasing "
-            f"times."
+            f"{caller}: times must strictly increase in row-major order, got t={t} of shape "
+            f"{times.shape}."
         )
-    if times.ndim == 1 and is_concrete(t) and not (np.diff(np.asarray(t, np.float64)) > 0).all():
-        raise ValueError(f"{caller}: times must strictly increase, got t={t}.")
 
 
 def _integrate(

@@ -90,7 +90,7 @@ def batch(
         static = tuple((k, v) for k, v in kwargs.items() if k not in dynamic)
         run = compiled(static_args, static)
         n1 = _examples(x1)
-        n2 = x1.nngp.shape[1] if isinstance(x1, Kernel) else n1 if x2 is None else _examples(x2)
+        n2 = _examples(x1, 1) if _kernels(x1) else n1 if x2 is None else _examples(x2)
         rows, columns = _tiling(n1, n2, batch_size, len(spread))
         if len(rows) * len(columns) <= 1 and not spread:
             return run(x1, x2, dynamic_args, dynamic)
@@ -115,10 +115,10 @@ def _is_dynamic(value: Any) -> bool:
 
 
 def _check(x1: PyTree, x2: PyTree | None, kwargs: dict[str, Any]) -> None:
-    if isinstance(x1, Kernel):
+    if kernels := _kernels(x1):
         if x2 is not None:
             raise ValueError("batch: x1 is a Kernel, which has both sides: x2 must be None.")
-        if not x1.diagonal_batch:
+        if not all(kernel.diagonal_batch for kernel in kernels):
             raise NotImplementedError("batch: a Kernel with diagonal_batch=False has no tiles.")
     if kwargs.get("diagonal_batch") is False:
         raise NotImplementedError(
@@ -127,10 +127,19 @@ def _check(x1: PyTree, x2: PyTree | None, kwargs: dict[str, Any]) -> None:
         )
 
 
-def _examples(x: PyTree) -> int:
-    if isinstance(x, Kernel):
-        return x.nngp.shape[0]
-    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(x)}
+def _is_kernel(x: Any) -> bool:
+    return isinstance(x, Kernel)
+
+
+def _kernels(x: PyTree) -> list[Kernel]:
+    """The kernels where x is one, or a list or tuple of them as `parallel` gives; else none."""
+    leaves = jax.tree.leaves(x, is_leaf=_is_kernel)
+    return leaves if leaves and all(map(_is_kernel, leaves)) else []
+
+
+def _examples(x: PyTree, side: int = 0) -> int:
+    arrays = [kernel.nngp for kernel in _kernels(x)] or jax.tree.leaves(x)
+    sizes = {array.shape[side] for array in arrays}
     if len(sizes) != 1:
         raise ValueError(f"batch: inputs have {sorted(sizes)} examples on axis 0; they must agree.")
     return sizes.pop()
@@ -149,19 +158,21 @@ class _TileRunner:
 
     def __init__(self, run, x1, x2, args, kwargs, devices, rows, columns):
         self.run, self.x1, self.args = run, x1, args
-        self.symmetric = x2 is None and not isinstance(x1, Kernel)
+        self.continues = bool(_kernels(x1))
+        self.symmetric = x2 is None and not self.continues
         self.kwargs, self.devices, self.turn = kwargs, devices, 0
         self.keys = None
         if kwargs.get("rng") is not None and not isinstance(kwargs["rng"], tuple):
             self.keys = random.split(kwargs["rng"], len(rows) * len(columns))
-        if not isinstance(x1, Kernel):
+        if not self.continues:
             self.parts1 = _cut(x1, rows)
             shared = self.symmetric and rows == columns
             self.parts2 = self.parts1 if shared else _cut(x1 if x2 is None else x2, columns)
 
     def __call__(self, row: slice, column: slice) -> Any:
-        if isinstance(self.x1, Kernel):
-            x1, x2 = self.x1.slice(row, column), None
+        if self.continues:
+            part = lambda kernel: kernel.slice(row, column)
+            x1, x2 = jax.tree.map(part, self.x1, is_leaf=_is_kernel), None
         else:
             x1 = self.parts1[row.start]
             x2 = None if self.symmetric and row == column else self.parts2[column.start]
