@@ -80,7 +80,7 @@ def _walk(closed: Any, inputs: Sequence[State]) -> list[State]:
 
     def read(atom: Any) -> State:
         if isinstance(atom, jex.Literal):
-            return Shared(None) if not atom.aval.shape else Shared()
+            return Shared() if np.ndim(atom.val) else Shared(None)
         return known[atom]
 
     for eqn in jaxpr.eqns:
