@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from tangents._infinite.graph import Node, Parallel, Repeat, Serial, any_node, at
+from tangents._infinite.barrier import keep_apart
+from tangents._infinite.dual.angle import norm
+from tangents._infinite.dual.single_precision import is_single
+from tangents._infinite.graph import Node, Parallel, Repeat, Serial, any_node, at, join_needs
 from tangents._infinite.tile import (
     Context,
     Layout,
@@ -25,13 +28,16 @@ from tangents._infinite.tile import (
     spatial_diagonal,
 )
 
-_ARRAYS = ("tile", "side1", "side2", "mask1", "mask2", "index1", "index2", "x1_is_x2")
+_ARRAYS = ("tile", "side1", "side2", "mask1", "mask2", "index1", "index2", "x1_is_x2", "planes")
 _STATIC = ("in1", "in2", "layout", "side_layout", "side_pairs", "shared")
 
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Everything on one edge of the graph. `shared`: side 2 is side 1 (its arrays are None)."""
+    """Everything on one edge of the graph. `shared`: side 2 is side 1 (its arrays are None).
+
+    planes: which offsets the tile holds, in the layout PLANES.
+    """
 
     tile: Tile
     side1: Any
@@ -47,6 +53,7 @@ class State:
     side_layout: Layout
     side_pairs: bool
     shared: bool
+    planes: Any = None
 
     def replace(self, **changes: Any) -> State:
         """A copy with some fields changed."""
@@ -73,6 +80,8 @@ def fit(state: Any, need: Any) -> Any:
     if isinstance(state, (list, tuple)):
         needs = need if isinstance(need, list) else [need] * len(state)
         return type(state)(fit(s, n) for s, n in zip(state, needs, strict=True))
+    if state.layout == Layout.PLANES:  # a tile alone, and the layers keep to it
+        return state.replace(side1=None, side2=None, side_layout=Layout.NONE)
     for have, want in ((state.layout, need.tile), (state.side_layout, need.side)):
         if have < want and (state.in1.spatial_axes or have == Layout.NONE):
             raise ValueError(
@@ -80,7 +89,10 @@ def fit(state: Any, need: Any) -> Any:
                 "that of equal positions: call with diagonal_spatial=None or False"
             )
     n_batch, n_side = 2, 2 if state.side_pairs else 1
-    if state.layout > need.tile == Layout.DIAGONAL:
+    if state.tile is None:
+        if state.layout > need.tile == Layout.DIAGONAL:
+            state = state.replace(layout=Layout.DIAGONAL)
+    elif state.layout > need.tile == Layout.DIAGONAL:
         tile = state.tile.linear(lambda a: spatial_diagonal(a, n_batch), gap=True)
         state = state.replace(tile=tile, layout=Layout.DIAGONAL)
     if need.side == Layout.NONE:
@@ -157,6 +169,7 @@ def _contexts(node: Node, s: State, out1, out2, need: Need, patterns) -> dict[st
         pattern2=patterns[1],
         same=_same(s),
         need=need,
+        planes=s.planes,
         **common,
     )
     return contexts
@@ -202,9 +215,10 @@ def step(node: Node, state: Any, need: Need, patterns: tuple[Any, Any]) -> Any:
             sides[k - 1] = _remask(out, position, position, side_layout, first.side_pairs)
 
     layout = node.out_layout(first.layout, need.tile)
-    tiles = [_pin(node, c["tile"], s.tile) for c, s in zip(contexts, states, strict=True)]
-    tile = node.rule(pick([c["tile"] for c in contexts]), pick(tiles))
-    tile = Tile(*(_remask(a, position1, position2, layout, True) for a in tile))
+    tile = None
+    if first.tile is not None:
+        tile = _tile_rule(node, contexts, states, need, pick)
+        tile = Tile(*(_remask(a, position1, position2, layout, True) for a in tile))
     index1 = index2 = None
     if first.index1 is not None:
         index1 = node.out_examples(pick([s.index1 for s in states]), out1)
@@ -224,7 +238,19 @@ def step(node: Node, state: Any, need: Need, patterns: tuple[Any, Any]) -> Any:
         side_layout=side_layout,
         side_pairs=first.side_pairs,
         shared=shared,
+        planes=first.planes and first.planes.strided(node.plane_strides(first.in1)),
     )
+
+
+def _tile_rule(node: Node, contexts, states: list[State], need: Need, pick) -> Tile:
+    """The rule on the tile of pairs, with the gap where it is carried."""
+    carried = all(s.tile.gap12 is not None for s in states)
+    if carried or _makes_gap(node, states[0].tile):
+        for each in contexts:
+            each["tile"] = dataclasses.replace(each["tile"], has_gap=True)
+    tiles = [_pin(node, c["tile"], s.tile) for c, s in zip(contexts, states, strict=True)]
+    tile = node.rule(pick([c["tile"] for c in contexts]), pick(tiles))
+    return tile if carried else tile._replace(gap12=None)
 
 
 def _pin(node: Node, context: Context, tile: Tile) -> Tile:
@@ -233,14 +259,30 @@ def _pin(node: Node, context: Context, tile: Tile) -> Tile:
     Side and tile are computed by different contractions, and an angle of zero off by rounding is
     off by its square root: nonlinearities with a kink would lose half of their digits there.
     """
-    same = context.same_entries
-    if not node.gaussian_input or same is None or context.side1 is None:
+    if not node.gaussian_input or context.side1 is None:
         return tile
-    var1, _ = context.variances
-    gap12 = None
-    if tile.gap12 is not None:
-        gap12 = jnp.where(same, jnp.zeros((), tile.gap12.dtype), tile.gap12)
-    return tile._replace(cov12=jnp.where(same, var1, tile.cov12), gap12=gap12)
+    same = context.same_entries
+    var1, var2 = context.variances
+    cov12, gap12 = tile.cov12, tile.gap12
+    if gap12 is None and _makes_gap(node, tile):
+        gap12 = jnp.maximum(norm(var1, var2) - jnp.abs(cov12), 0)
+    if same is not None:
+        # The value alone: where one of two equal inputs moves, the covariance and the variance
+        # change differently. The sum is var1 to the last bit, since the two are neighbours.
+        off = jnp.where(same, var1 - cov12, jnp.zeros((), cov12.dtype))
+        cov12 = cov12 + jax.lax.stop_gradient(off)
+        gap12 = None if gap12 is None else jnp.where(same, jnp.zeros((), gap12.dtype), gap12)
+    return tile._replace(cov12=cov12, gap12=gap12)
+
+
+def _makes_gap(node: Node, tile: Tile) -> bool:
+    """In single precision duals read the angle from the gap, which is made for them.
+
+    Computed from the covariance it has no digits that the covariance has not; but the polynomials
+    that take it are many times faster than those for a determinant, and pinned to zero it makes
+    equal examples exact.
+    """
+    return node.gaussian_input and is_single(tile.cov12)
 
 
 def _mask_out(node: Node, masks: list, signals: list[Signal], many: bool) -> Any:
@@ -257,26 +299,39 @@ def is_cut(node: Node) -> bool:
 
 
 def run(
-    node: Node, state: Any, need: Any, patterns: tuple[Any, Any], kwargs: dict[str, Any]
+    node: Node,
+    state: Any,
+    need: Any,
+    patterns: tuple[Any, Any],
+    kwargs: dict[str, Any],
+    tape: Tape | None = None,
 ) -> Any:
-    """Walk a graph from a state to the state after it, reduced to `need`."""
+    """Walk a graph from a state to the state after it, reduced to `need`.
+
+    With a recording tape the sides alone are computed, and what the tile will need of them is kept;
+    with a playing one the tile alone, the sides coming from the tape.
+    """
     if is_cut(node):
         return fit(node.run_kernel(state, need, patterns, kwargs), need)  # pyright: ignore
     if isinstance(node, Serial):
-        return _run_serial(node, state, need, patterns, kwargs)
+        return _run_serial(node, state, need, patterns, kwargs, tape)
     if isinstance(node, Parallel):
         node._check(state)
         needs = need if isinstance(need, list) else [need] * len(state)
         out = []
         for (place, child), s, n in zip(node.places(), state, needs, strict=True):
             with at(place):
-                out.append(run(child, s, n, patterns, kwargs))
+                out.append(run(child, s, n, patterns, kwargs, tape))
         return out
     if isinstance(node, Repeat):
-        return _run_repeat(node, state, need, patterns, kwargs)
+        return _run_repeat(node, state, need, patterns, kwargs, tape)
     if isinstance(need, list):  # FanOut: every copy has its own need
-        return fit(step(node, state, node.needs(need), patterns), need)
-    return _layer_program(node, fit(state, node.needs(need)), need, patterns)
+        state = step(node, state, _without_sides(node.needs(need), tape), patterns)
+        return fit(state, _without_sides(need, tape))
+    state = fit(state, _without_sides(node.needs(need), tape))
+    if tape is not None:
+        state = tape.play(state) if tape.playing else tape.record(node, state, need)
+    return _layer_program(node, state, _without_sides(need, tape), patterns)
 
 
 @functools.partial(jax.jit, static_argnames=("need",))
@@ -292,43 +347,172 @@ def _layer_program(node: Node, state: Any, need: Need, patterns: tuple[Any, Any]
 
 
 def _barrier(state: Any) -> Any:
-    """Inside a program of many layers (under `jit`), keep the compiler from fusing across them.
-
-    Without it XLA on CPU recomputes whole layers inside later loops: 2 to 4 times slower, and
-    compile times that explode with depth.
-    """
+    """Inside a program of many layers (under `jit`), keep the compiler from fusing across them."""
     if isinstance(state, (list, tuple)):
         return state
-    tile, side1, side2 = jax.lax.optimization_barrier((state.tile, state.side1, state.side2))
-    return state.replace(tile=Tile(*tile), side1=side1, side2=side2)
+    tile, side1, side2 = keep_apart((state.tile, state.side1, state.side2))
+    tile = None if tile is None else Tile(*tile)
+    return state.replace(tile=tile, side1=side1, side2=side2)
 
 
-def _run_serial(node: Serial, state, need, patterns, kwargs):
+def _run_serial(node: Serial, state, need, patterns, kwargs, tape):
     needs = [need]
     for child in reversed(node.nodes):
         needs.append(child.needs(needs[-1]))
-    state = fit(state, needs[-1])
+    state = fit(state, _without_sides(needs[-1], tape))
     for (place, child), n in zip(node.places(), needs[-2::-1], strict=True):
         with at(place):
-            state = run(child, state, n, patterns, kwargs)
+            state = run(child, state, n, patterns, kwargs, tape)
     return state
 
 
-def _run_repeat(node: Repeat, state, need, patterns, kwargs):
+def _run_repeat(node: Repeat, state, need, patterns, kwargs, tape):
     need = node.needs(need)
-    state = fit(state, need)
+    state = fit(state, _without_sides(need, tape))
     turns = node.n
+    played = tape.next() if tape is not None and tape.playing else None
+    recorded = []
+
+    def one(state, entries):
+        with at(node.place):
+            part = None if tape is None else Tape(tape.keep, entries)
+            after = run(node.node, state, need, patterns, kwargs, part)
+            recording = part is not None and not part.playing
+            return after, tuple(part.entries) if recording else None
+
     while turns > 0:
         before = jax.tree.structure(state), jax.tree.map(jnp.shape, state)
-        with at(node.place):
-            after = run(node.node, state, need, patterns, kwargs)
+        state, kept = one(state, None if played is None else played.at(node.n - turns))
+        recorded.append(kept)
         turns -= 1
-        same = (jax.tree.structure(after), jax.tree.map(jnp.shape, after)) == before
-        state = after
+        same = (jax.tree.structure(state), jax.tree.map(jnp.shape, state)) == before
         if same and turns > 1 and not any_node(node.node, is_cut):
             # From here on one turn looks like the next: a loop compiles once.
-            def turn(carry, _):
-                return run(node.node, carry, need, patterns, kwargs), None
-
-            return jax.lax.scan(turn, state, None, length=turns)[0]
+            rest = None if played is None else played.after(node.n - turns)
+            state, kept = jax.lax.scan(one, state, rest, length=turns)
+            break
+    else:
+        kept = None
+    if tape is not None and not tape.playing:
+        first = jax.tree.map(lambda *a: jnp.stack(a), *recorded) if recorded else ()
+        if kept is not None:
+            first = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, kept)
+        tape.append(Turns(first), state)
     return state
+
+
+# ---- sides computed once, tiles after them -------------------------------------------------------
+
+
+class Turns(NamedTuple):
+    """Tape entries of the turns of a `Repeat`, stacked on a new first axis."""
+
+    entries: tuple[Any, ...]
+
+    def at(self, turn: int) -> tuple[Any, ...]:
+        """The entries of one turn."""
+        return jax.tree.map(lambda a: a[turn], self.entries)
+
+    def after(self, turn: int) -> tuple[Any, ...]:
+        """The entries of the turns from one on."""
+        return jax.tree.map(lambda a: a[turn:], self.entries)
+
+
+class Sides(NamedTuple):
+    """What one node needs of the pairs (a, a), an entry for each of its inputs.
+
+    side1, side2: tuples of arrays or None; side2 is None in what a recording of one side leaves.
+    """
+
+    side1: tuple[Any, ...]
+    side2: Any = None
+
+
+def join_sides(entries1: Any, entries2: Any) -> list:
+    """Entries to play from the recordings of both sides."""
+    out = []
+    for one, two in zip(entries1, entries2, strict=True):
+        if isinstance(one, Turns):
+            out.append(Turns(tuple(join_sides(one.entries, two.entries))))
+        else:
+            out.append(Sides(one.side1, two.side1))
+    return out
+
+
+def map_sides(fn: Any, entries: Any, axis: int = 0) -> list:
+    """`fn(array, axis of examples)` on all arrays of a recording."""
+    out = []
+    for entry in entries:
+        if isinstance(entry, Turns):
+            out.append(Turns(tuple(map_sides(fn, entry.entries, axis + 1))))
+        else:
+            out.append(jax.tree.map(lambda a: fn(a, axis), entry))
+    return out
+
+
+class Tape:
+    """Results of a side pass in the order the walk visits the nodes.
+
+    keep: must variances be kept for nodes that carry the gap. entries: of a recording to play; None
+    starts a recording.
+    """
+
+    def __init__(self, keep: bool, entries: Any = None):
+        self.keep = keep
+        self.playing = entries is not None
+        self.entries = list(entries) if self.playing else []
+        self.scales: list[tuple[int, ...]] = []  # of the planes at each entry of a recording
+        self.place = 0
+
+    def next(self) -> Any:
+        """The entry of the node that is visited."""
+        self.place += 1
+        return self.entries[self.place - 1]
+
+    def record(self, node: Node, state: Any, need: Need) -> Any:
+        """Keep what the rule of the node will read beside its tile."""
+        alone = join_needs(node.needs(Need(join_needs(need).tile, Layout.NONE))).side
+        states = state if node.many_inputs else [state]
+        kept = []
+        for s in states:
+            layout = max(alone, Layout.DIAGONAL if self.keep else Layout.NONE)
+            layout = min(layout, s.side_layout)
+            kept.append(None if layout == Layout.NONE else _in_layout(s, layout))
+        self.append(Sides(tuple(kept)), state)
+        return state
+
+    def play(self, state: Any) -> Any:
+        """The state with the sides that were recorded for its node."""
+        sides = self.next()
+        if isinstance(state, (list, tuple)):
+            pairs = zip(state, sides.side1, sides.side2, strict=True)
+            return [_with_sides(s, a, b) for s, a, b in pairs]
+        return _with_sides(state, sides.side1[0], sides.side2[0])
+
+    def append(self, entry: Any, state: Any) -> None:
+        """One more entry, of a node before which the state is this."""
+        planes = (state[0] if isinstance(state, (list, tuple)) else state).planes
+        self.entries.append(entry)
+        self.scales.append(() if planes is None else tuple(a.scale for a in planes.axes))
+
+
+def _in_layout(state: State, layout: Layout) -> Any:
+    reduce = layout == Layout.DIAGONAL and state.side_layout == Layout.FULL
+    return spatial_diagonal(state.side1, 1) if reduce else state.side1
+
+
+def _with_sides(state: State, side1: Any, side2: Any) -> State:
+    if side1 is None:
+        return state
+    layout = Layout.FULL if side1.ndim - 1 > len(state.in1.spatial_axes) else Layout.DIAGONAL
+    layout = Layout.PLANES if state.layout == Layout.PLANES else layout
+    return state.replace(side1=side1, side2=side2, side_layout=layout)
+
+
+def _without_sides(need: Any, tape: Tape | None) -> Any:
+    """What is needed of a tile alone, while a tape plays."""
+    if tape is None or not tape.playing:
+        return need
+    if isinstance(need, Need):
+        return Need(need.tile, Layout.NONE)
+    return [_without_sides(n, tape) for n in need]

@@ -18,6 +18,7 @@ from jax.core import Tracer
 
 from tangents._core import precision
 from tangents._infinite.execute import State
+from tangents._infinite.input_gap import with_gap
 from tangents._infinite.masking import is_masked_array, zero_fill
 from tangents._infinite.tile import Layout, Need, Signal, Tile
 
@@ -110,8 +111,12 @@ def input_state(
     want_ntk: bool,
     side_pairs: bool,
     index: tuple[Any, Any],
+    want_gap: bool = False,
 ) -> State:
-    """The state at an input. `x2=None` means x1; `need` says in which layouts."""
+    """The state at an input. `x2=None` means x1; `need` says in which layouts.
+
+    want_gap: start the angular gap, where the layouts that are needed can carry it.
+    """
     batch_axis, channel_axis = axes
     if channel_axis is None:
         x1, mask1 = flat(x1, batch_axis), flat(mask1, batch_axis)
@@ -142,8 +147,14 @@ def input_state(
         side1 = moment(xs[0], xs[0], need.side, side_pairs)
         side2 = None if shared else moment(xs[1], xs[1], need.side, side_pairs)
     cov12 = moment(xs[0], xs[1], need.tile, True)
+    gap12 = None
+    equal_positions = need.tile == Layout.DIAGONAL or not signals[0].spatial_axes
+    if want_gap and not side_pairs and not tokens and equal_positions and side1 is not None:
+        known = None if index[0] is None else x1_is_x2 & (index[0][:, None] == index[1][None])
+        var1, var2 = side1[:, None], (side1 if side2 is None else side2)[None]
+        cov12, gap12 = with_gap(xs[0], xs[1], cov12, var1, var2, known)
     return State(
-        tile=Tile(cov12, jnp.zeros((), cov12.dtype) if want_ntk else None),
+        tile=Tile(cov12, jnp.zeros((), cov12.dtype) if want_ntk else None, gap12),
         side1=side1,
         side2=side2,
         mask1=masks[0],
@@ -158,3 +169,35 @@ def input_state(
         side_pairs=side_pairs,
         shared=shared,
     )
+
+
+class PerInput(tuple):
+    """Values for several inputs, hashable (their own values may be tuples)."""
+
+
+def input_states(plan: Any, x1, x2, mask1, mask2, x1_is_x2, index) -> Any:
+    """States at the inputs, a list where the inputs are one."""
+
+    def build(x1, x2, m1, m2, axes, need):
+        if isinstance(x1, list):
+            n = len(x1)
+            x2 = [None] * n if x2 is None else x2
+            m1 = [None] * n if m1 is None else m1
+            m2 = [None] * n if m2 is None else m2
+            need = need if isinstance(need, PerInput) else [need] * n
+            return [build(*args) for args in zip(x1, x2, m1, m2, axes, need, strict=True)]
+        return input_state(
+            x1,
+            x2,
+            m1,
+            m2,
+            axes,
+            need,
+            x1_is_x2,
+            plan.want_ntk,
+            plan.side_pairs,
+            index,
+            plan.want_gap,
+        )
+
+    return build(x1, x2, mask1, mask2, plan.axes, plan.input_need)

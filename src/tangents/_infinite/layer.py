@@ -27,6 +27,7 @@ from tangents._infinite.planner import (
     cast_hyperparameters,
     check_batch_axes,
     compute,
+    describe,
     explanation,
     input_signals,
     make_plan,
@@ -293,7 +294,8 @@ class KernelFn:
         Returns:
           A text: one line for each layer with its place, the shape of its output, the layout of its
           covariance (pairs of positions: all, or equal ones only), that of the two sides, and the
-          bytes of one array; then how the pairs of examples are cut into tiles.
+          bytes of one array; then how the pairs of examples are cut into tiles, and how each tile
+          is computed.
 
         Examples:
             >>> import jax.numpy as jnp
@@ -305,6 +307,7 @@ class KernelFn:
             layer 1 (Relu)     (2, 6, 4)  equal               none   96 B
             layer 2 (Flatten)  (2, 24)    -                   none   16 B
             examples: 2 x 2 pairs in one tile
+            computed (trivial): all pairs at once
         """
         memory = kwargs.pop("memory", None)
         names = canonical_get(get)
@@ -322,7 +325,7 @@ class KernelFn:
         n1, n2 = _batch_sizes(plan, x1, x1 if x2 is None else x2)
         listed, _ = stages(self.node, input_signals(plan, x1), plan.need)
         sizes = self._tile_sizes(self.node, plan, x1, n1, n2, memory)
-        return explanation(listed, n1, n2, sizes)
+        return f"{explanation(listed, n1, n2, sizes)}\n{describe(self.node, plan, x1, x2)}"
 
 
 def _extra(kwargs: dict[str, Any], pattern: Any) -> dict[str, Any]:

@@ -9,7 +9,6 @@ hyperparameters are its arguments.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import warnings
 from typing import Any
@@ -18,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from tangents._core.memory import format_bytes
-from tangents._infinite.execute import run
+from tangents._infinite.executors import Request, choose
 from tangents._infinite.graph import Node, any_node, first_axes, join_needs
-from tangents._infinite.inputs import TOKENS, input_state, warn_batch_axis
+from tangents._infinite.inputs import TOKENS, PerInput, warn_batch_axis
 from tangents._infinite.tile import Layout, Need, Signal
 
 
@@ -30,6 +29,7 @@ class Plan:
 
     need: at the output. input_need, axes: at each input (trees like the inputs').
     side_pairs: are all pairs within a side kept. want_ntk: is the tangent kernel computed.
+    want_gap: is there a nonlinearity that carries the angular gap on.
     """
 
     need: Need
@@ -37,6 +37,7 @@ class Plan:
     axes: Any
     side_pairs: bool
     want_ntk: bool
+    want_gap: bool = False
 
 
 def _tree_like(x: Any, value: Any, join) -> Any:
@@ -94,46 +95,53 @@ def make_plan(
         )
     side_pairs = side_pairs or diagonal_batch is False
     axes = _default_axes(_tree_like(x, first_axes(node), _join_axes))
-    return Plan(need, _freeze(needs), _freeze(axes), side_pairs, want_ntk)
-
-
-class _PerInput(tuple):
-    """Values for several inputs, hashable (their own values may be tuples)."""
+    want_gap = any_node(node, lambda n: getattr(getattr(n, "kernel", None), "carries_gap", False))
+    return Plan(need, _freeze(needs), _freeze(axes), side_pairs, want_ntk, want_gap)
 
 
 def _freeze(values: Any) -> Any:
-    return _PerInput(_freeze(v) for v in values) if isinstance(values, list) else values
-
-
-def input_states(plan: Plan, x1, x2, mask1, mask2, x1_is_x2, index) -> Any:
-    """States at the inputs, a list where the inputs are one."""
-
-    def build(x1, x2, m1, m2, axes, need):
-        if isinstance(x1, list):
-            n = len(x1)
-            x2 = [None] * n if x2 is None else x2
-            m1 = [None] * n if m1 is None else m1
-            m2 = [None] * n if m2 is None else m2
-            need = need if isinstance(need, _PerInput) else [need] * n
-            return [build(*args) for args in zip(x1, x2, m1, m2, axes, need, strict=True)]
-        return input_state(
-            x1, x2, m1, m2, axes, need, x1_is_x2, plan.want_ntk, plan.side_pairs, index
-        )
-
-    return build(x1, x2, mask1, mask2, plan.axes, plan.input_need)
-
-
-@functools.partial(jax.jit, static_argnames=("plan",))
-def _compiled_inputs(plan, x1, x2, mask1, mask2, x1_is_x2, index):
-    return input_states(plan, x1, x2, mask1, mask2, x1_is_x2, index)
+    return PerInput(_freeze(v) for v in values) if isinstance(values, list) else values
 
 
 def compute(
     node: Node, plan: Plan, x1, x2, mask1, mask2, x1_is_x2, index, patterns, kwargs: dict[str, Any]
 ) -> Any:
     """The state at the output of a network."""
-    states = _compiled_inputs(plan, x1, x2, mask1, mask2, x1_is_x2, index)
-    return run(node, states, plan.need, patterns, kwargs)
+    n1, n2 = batch_sizes(plan, x1, x1 if x2 is None else x2)
+    request = Request(
+        node,
+        plan,
+        x1,
+        x2,
+        mask1,
+        mask2,
+        x1_is_x2,
+        index,
+        patterns,
+        kwargs,
+        input_signals(plan, x1),
+        n1,
+        n2,
+    )
+    return choose(request).compute(request)
+
+
+def describe(node: Node, plan: Plan, x1: Any, x2: Any) -> str:
+    """Which executor computes it, and how; the inputs need shapes only."""
+    n1, n2 = batch_sizes(plan, x1, x1 if x2 is None else x2)
+    none = (None, None)
+    signals = input_signals(plan, x1)
+    request = Request(node, plan, x1, x2, None, None, True, none, none, {}, signals, n1, n2)
+    executor = choose(request)
+    return f"computed ({executor.name}): {executor.describe(request)}"
+
+
+def batch_sizes(plan: Plan, x1: Any, x2: Any) -> tuple[int, int]:
+    """Numbers of examples of both sides."""
+    axes = plan.axes
+    while isinstance(x1, list):
+        x1, x2, axes = x1[0], x2[0], axes[0]
+    return x1.shape[axes[0]], x2.shape[axes[0]]
 
 
 def cast_hyperparameters(node: Node) -> Node:
@@ -151,7 +159,7 @@ def check_batch_axes(plan: Plan) -> None:
     """Warn where a batch axis is not in front."""
 
     def check(axes):
-        if isinstance(axes, _PerInput):
+        if isinstance(axes, PerInput):
             for a in axes:
                 check(a)
         else:

@@ -23,11 +23,15 @@ from jax import lax
 
 
 class Layout(enum.IntEnum):
-    """Which pairs of spatial positions an array holds. Ordered: more comes later."""
+    """Which pairs of spatial positions an array holds. Ordered: more comes later.
+
+    PLANES: some or all of them, sorted by offset, spatial axes in front (`planes.py`).
+    """
 
     NONE = 0
     DIAGONAL = 1
     FULL = 2
+    PLANES = 3
 
 
 class Need(NamedTuple):
@@ -47,7 +51,7 @@ class Tile(NamedTuple):
     cov12: second moments E[y(x1) y(x2)] over random weights (the NNGP kernel).
     ntk: the tangent kernel; `None` where it was not asked for (always in a side pass), and a
       zero of no axes before the first trainable layer.
-    gap12: sqrt(var1 var2) - cov12, carried where near-parallel inputs would lose digits; `None`
+    gap12: sqrt(var1 var2) - |cov12|, carried where near-parallel inputs would lose digits; `None`
       where it is not carried. A rule that cannot carry it returns `None`.
     """
 
@@ -167,6 +171,8 @@ class Context:
       (`None`: no such pair).
     need: the `Need` of the nodes after this one; a rule may return more than `need.tile`.
     channel_masks: masks differ between channels (a rule that counts positions refuses them).
+    has_gap: the tile comes with a gap, so equal examples are known by it.
+    planes: the `Planes` of a tile in that layout, whose sides are laid out like itself.
     """
 
     in1: Any
@@ -186,6 +192,12 @@ class Context:
     same: Any = None
     need: Any = None
     channel_masks: bool = False
+    has_gap: bool = False
+    planes: Any = None
+
+    def carries(self, tile: Tile) -> bool:
+        """Is there a gap to carry, and the variances that takes?"""
+        return tile.gap12 is not None and self.side1 is not None
 
     @property
     def n_batch(self) -> int:
@@ -202,9 +214,12 @@ class Context:
     @property
     def variances(self) -> tuple[jax.Array, jax.Array]:
         """`(var1, var2)`, broadcastable to `tile.cov12`; one and the same for equal entries."""
-        var1, var2 = self.pair(self.variance(1), self.variance(2))
+        if self.layout == Layout.PLANES:
+            var1, var2 = self.side1, self.side2
+        else:
+            var1, var2 = self.pair(self.variance(1), self.variance(2))
         same = self.same_entries
-        if same is not None and self.in1 == self.in2:
+        if same is not None and self.in1 == self.in2 and not self.has_gap:
             # Also where a compiler computes the two sides with different roundings.
             var2 = jnp.where(same, var1, var2)
         return var1, var2
@@ -212,6 +227,8 @@ class Context:
     @property
     def same_entries(self) -> jax.Array | None:
         """True where a pair is one example in one draw at one position; broadcasts to the tile."""
+        if self.layout == Layout.PLANES:
+            return self.planes.same
         same = self.same
         if same is None:
             return None

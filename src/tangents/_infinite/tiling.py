@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tangents._core.memory import chunks, format_bytes, resolve_budget
+from tangents._infinite.blocks import transpose_pairs
 from tangents._infinite.execute import is_cut
 from tangents._infinite.graph import Node, Parallel, Repeat, Serial, any_node, at, join_needs
 from tangents._infinite.kernel import Kernel
@@ -123,17 +124,6 @@ def tile_sizes(n1: int, n2: int, pair: int, memory: Any) -> tuple[int, int]:
     t1 = min(n1, max(math.isqrt(pairs), 1))
     t2 = min(n2, max(pairs // max(t1, 1), 1))
     return min(n1, max(pairs // max(t2, 1), 1)), t2
-
-
-def transpose_pairs(a: Any, full: bool) -> Any:
-    """`K(x2, x1)` from `K(x1, x2)`: pair axes swapped, and positions if both are held."""
-    if a is None or jnp.ndim(a) == 0:
-        return a
-    order = [1, 0, *range(2, a.ndim)]
-    if full:
-        for i in range(2, a.ndim, 2):
-            order[i], order[i + 1] = i + 1, i
-    return jnp.transpose(a, order)
 
 
 def _batch_shape(kernel: Kernel, n1: int, n2: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ zero, the symmetric subgradient.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -27,6 +28,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from tangents._core.typing import Array
+from tangents._infinite.dual.single_precision import (
+    arcsine_of_legs,
+    folded_angle,
+    is_single,
+)
 
 
 class Sides(NamedTuple):
@@ -84,12 +90,17 @@ def poles(cov12: Array, s: Array, gap12: Array) -> tuple[Array, Array]:
     return jnp.where(negative, 2 * s - gap12, gap12), jnp.where(negative, gap12, 2 * s - gap12)
 
 
+def relative_gap(var1: Array, var2: Array, gap12: Array) -> Array:
+    """1 - |cos(theta)| = gap12 / s in [0, 1], and 1 (uncorrelated) where a variance is 0."""
+    # Roots and reciprocals of the sides, which are small; of the tile a product is left.
+    inverse = reciprocal(safe_sqrt(var1)) * reciprocal(safe_sqrt(var2))
+    return jnp.clip(jnp.where(inverse > 0, gap12 * inverse, 1), 0, 1)
+
+
 def sides(cov12: Array, var1: Array, var2: Array, gap12: Array | None = None) -> Sides:
     """The triangle whose angle is theta; with `gap12`, from the gap. Zero variance: (1, 0, 1)."""
     if gap12 is not None:
-        s = norm(var1, var2)
-        deviation = jnp.where(s > 0, gap12 * reciprocal(s), 1)  # 1 - |cos(theta)|
-        deviation = jnp.clip(deviation, 0, 1)
+        deviation = relative_gap(var1, var2, gap12)
         cosine = jnp.where(cov12 < 0, deviation - 1, 1 - deviation)
         return Sides(safe_sqrt(deviation * (2 - deviation)), cosine, jnp.ones_like(cosine))
     c, a, b = _balanced(cov12, var1, var2)
@@ -128,6 +139,9 @@ def _d_angle(primals, tangents) -> Array:
 @jax.custom_jvp
 def angle(cov12: Array, var1: Array, var2: Array, *gap12: Array) -> Array:
     """The angle in [0, pi], right to its own last digits near 0; optionally from the gap."""
+    if gap12 and is_single(cov12):
+        theta = folded_angle(relative_gap(var1, var2, *gap12))
+        return jnp.where(cov12 < 0, math.pi - theta, theta)
     opposite, adjacent, _ = sides(cov12, var1, var2, *gap12)
     return jnp.arctan2(opposite, adjacent)
 
@@ -140,6 +154,9 @@ def _angle_jvp(primals, tangents):
 @jax.custom_jvp
 def arcsine(cov12: Array, var1: Array, var2: Array, *gap12: Array) -> Array:
     """pi/2 - theta, the arcsine of the correlation; accurate relative to itself near 0."""
+    if gap12 and is_single(cov12):
+        opposite, adjacent, _ = sides(cov12, var1, var2, *gap12)
+        return arcsine_of_legs(adjacent, opposite)
     opposite, adjacent, _ = sides(cov12, var1, var2, *gap12)
     return jnp.arctan2(adjacent, opposite)
 
@@ -152,6 +169,9 @@ def _arcsine_jvp(primals, tangents):
 @jax.custom_jvp
 def sine_squared(cov12: Array, var1: Array, var2: Array, *gap12: Array) -> Array:
     """sin(theta)^2 = 1 - correlation^2 in [0, 1]; right to its own last digits."""
+    if gap12:
+        deviation = relative_gap(var1, var2, *gap12)
+        return deviation * (2 - deviation)
     opposite, _, squared = sides(cov12, var1, var2, *gap12)
     return jnp.minimum(opposite * opposite / squared, 1)
 

@@ -32,8 +32,17 @@ import jax
 import jax.numpy as jnp
 
 from tangents._core.typing import Array
-from tangents._infinite.dual.angle import angle, arcsine, cosine_change, norm, poles, sides
+from tangents._infinite.dual.angle import (
+    angle,
+    arcsine,
+    cosine_change,
+    norm,
+    poles,
+    relative_gap,
+    sides,
+)
 from tangents._infinite.dual.form import Dual, DualKernel
+from tangents._infinite.dual.single_precision import is_single, segment
 
 Hyper = Mapping[str, Any]
 
@@ -107,6 +116,10 @@ def _evaluate_moment(n: int, cov12: Array, var1: Array, var2: Array) -> Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def wedge(n: int, cov12: Array, var1: Array, var2: Array, *gap12: Array) -> Array:
     """T_n for n >= 1; see the head of this file."""
+    if n == 1 and gap12 and is_single(cov12):
+        # Folded to the nearer pole: T_1(cov12) = pi cov12 + T_1(-cov12).
+        cut = norm(var1, var2) * segment(relative_gap(var1, var2, *gap12))
+        return math.pi * jnp.minimum(cov12, 0) - cut
     opposite, adjacent, squared = sides(cov12, var1, var2, *gap12)
     s = norm(var1, var2)
     theta = jnp.arctan2(opposite, adjacent)
@@ -168,7 +181,7 @@ def _piecewise_linear(
         a, b = slopes(hyper)
         return (a * a + b * b) / 2 * var
 
-    return DualKernel(phi, dual, diagonal)
+    return DualKernel(phi, dual, diagonal, carries_gap=True)
 
 
 def _abrelu(hyper: Hyper, x: Array) -> Array:
@@ -209,7 +222,7 @@ def _sign_diagonal(hyper: Hyper, var: Array) -> Array:
     return (var > 0).astype(var.dtype)
 
 
-SIGN = DualKernel(lambda hyper, x: jnp.sign(x), _sign_dual, _sign_diagonal)
+SIGN = DualKernel(lambda hyper, x: jnp.sign(x), _sign_dual, _sign_diagonal, carries_gap=True)
 """E[sign(u) sign(v)] = 2/pi arcsin(rho) (Sheppard 1899). phi' = 0, so d_nngp = 0: the tangent
 kernel of what is before a sign does not pass it."""
 
@@ -265,4 +278,4 @@ def rectified_monomial(degree: int) -> DualKernel:
             return jnp.where(var > 0, 0.5, 0.25).astype(var.dtype)
         return double_factorial(2 * n - 1) / 2 * var**n
 
-    return DualKernel(phi, dual, diagonal)
+    return DualKernel(phi, dual, diagonal, carries_gap=True)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from tangents._core.typing import Array
 from tangents._infinite.dual.angle import sine_squared
 from tangents._infinite.dual.form import Dual, DualKernel
+from tangents._infinite.dual.single_precision import arcsine_of_legs, is_single
 
 
 class Damped(NamedTuple):
@@ -35,14 +36,29 @@ class Damped(NamedTuple):
     @property
     def arcsine(self) -> Array:
         """arcsin(rho')."""
-        return jnp.arctan2(self.cosine, self.sine)
+        return _arcsine(self.cosine, self.sine)
 
 
-def damped(k, cov12: Array, var1: Array, var2: Array) -> Damped:
+@jax.custom_jvp
+def _arcsine(cosine: Array, sine: Array) -> Array:
+    """arctan2 of legs on the unit circle."""
+    if is_single(cosine):
+        return arcsine_of_legs(cosine, sine)
+    return jnp.arctan2(cosine, sine)
+
+
+@_arcsine.defjvp
+def _arcsine_jvp(primals, tangents):
+    (cosine, sine), (d_cosine, d_sine) = primals, tangents
+    return _arcsine(cosine, sine), sine * d_cosine - cosine * d_sine
+
+
+def damped(k, cov12: Array, var1: Array, var2: Array, gap12: Array | None = None) -> Damped:
     """The damped correlation; `sine` is never zero."""
     rest1, rest2 = 1 / (1 + k * var1), 1 / (1 + k * var2)
     t1, t2 = k * var1 * rest1, k * var2 * rest2
-    squared = rest1 + t1 * rest2 + t1 * t2 * sine_squared(cov12, var1, var2)
+    extra = () if gap12 is None else (gap12,)
+    squared = rest1 + t1 * rest2 + t1 * t2 * sine_squared(cov12, var1, var2, *extra)
     cosine = k * cov12 * jnp.sqrt(rest1) * jnp.sqrt(rest2)
     return Damped(cosine, jnp.sqrt(squared), rest1, rest2)
 
@@ -57,7 +73,7 @@ def _erf(hyper, x: Array) -> Array:
 def _erf_dual(hyper, cov12, var1, var2, gap12=None) -> Dual:
     a, b, c = hyper["a"], hyper["b"], hyper["c"]
     k = 2 * b * b
-    pair = damped(k, cov12, var1, var2)
+    pair = damped(k, cov12, var1, var2, gap12)
     scale = a * a * (2 / math.pi)
     slope = k * jnp.sqrt(pair.rest1) * jnp.sqrt(pair.rest2) / pair.sine
     return Dual(scale * pair.arcsine + c * c, scale * slope)
@@ -82,7 +98,7 @@ def _gelu(hyper, x: Array) -> Array:
 def _gelu_dual(hyper, cov12, var1, var2, gap12=None) -> Dual:
     # With d = det(I + Sigma) = sine^2 / (rest1 rest2) and g the standard normal density,
     # E[g(u) g(v)] = 1 / (2 pi sqrt(d)); Stein's lemma, applied twice, gives both expectations.
-    pair = damped(1, cov12, var1, var2)
+    pair = damped(1, cov12, var1, var2, gap12)
     rest = pair.rest1 * pair.rest2
     root = pair.sine * jax.lax.rsqrt(rest)  # sqrt(d)
     phi_phi = 0.25 + pair.arcsine / (2 * math.pi)

@@ -35,8 +35,10 @@ class DualKernel(NamedTuple):
     phi: `(hyper, x) -> y`, the nonlinearity itself.
     dual: `(hyper, cov12, var1, var2, gap12=None) -> Dual`; arguments broadcast.
     diagonal: `(hyper, var) -> E[phi(u)^2]`.
+    carries_gap: does `dual` return the gap where it is given one.
     """
 
     phi: Callable[[Any, Array], Array]
     dual: Callable[..., Dual]
     diagonal: Callable[[Any, Array], Array]
+    carries_gap: bool = False

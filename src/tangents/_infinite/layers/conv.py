@@ -24,6 +24,7 @@ from tangents._core import precision
 from tangents._infinite.graph import Node, hyper, node
 from tangents._infinite.layer import Layer
 from tangents._infinite.layers.axes import check_axes, collapse_channels
+from tangents._infinite.layers.gap import average_over_windows
 from tangents._infinite.layers.parameterization import (
     add_bias,
     affine_rule,
@@ -44,6 +45,7 @@ from tangents._infinite.layers.window import (
     window_sum_pairs,
     windows,
 )
+from tangents._infinite.planes import window_sum_planes
 from tangents._infinite.tile import Layout, Need, embed_diagonal, spatial_diagonal
 
 
@@ -174,12 +176,51 @@ class ConvNode(Node):
     def out_layout(self, layout, wanted):
         return wanted if self.kind == "ConvLocal" else layout
 
+    @property
+    def plane_wise(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        before, after = ([c for c in spec if c not in "NC"] for spec in self.specs[::2])
+        return self.kind == "Conv" and before == after
+
+    def _own_windows(self, shape) -> list[Window]:
+        """Windows in the order of the input's spatial axes."""
+        by_letter = dict(zip(self.letters, self.windows(shape), strict=True))
+        return [by_letter[c] for c in self.specs[0] if c not in "NC"]
+
+    def plane_strides(self, signal):
+        return tuple(w.stride for w in self._own_windows(signal.shape))
+
+    def _planes_rule(self, context, tile):
+        ws, k = self._own_windows(context.in1.shape), math.prod(self.filter_shape)
+        after = context.planes.strided([w.stride for w in ws])
+
+        def average(a):
+            return window_sum_planes(a, after, ws) / k
+
+        averaged, variances = tile.linear(average), None
+        if context.carries(tile):  # at offset 0
+            arrays = (tile.cov12, tile.gap12, *context.variances)
+            _, gap12, *variances = average_over_windows(*arrays, range(len(ws)), ws)
+            averaged = averaged._replace(gap12=gap12)
+        return self._affine(context, averaged, variances)
+
+    def _affine(self, context, averaged, variances):
+        return affine_rule(
+            averaged,
+            self.W_std,
+            self.b_std,
+            self._fan_in(context.in1.width),
+            self.parameterization,
+            self.s,
+            variances=variances,
+        )
+
     def rule(self, context, tile):
+        if context.layout == Layout.PLANES:
+            return self._planes_rule(context, tile)
         n = context.n_batch
         letters_in = [c for c in self.specs[0] if c not in "NC"]
         letters_out = [c for c in self.specs[2] if c not in "NC"]
-        by_letter = dict(zip(self.letters, self.windows(context.in1.shape), strict=True))
-        ws = [by_letter[c] for c in letters_in]
+        ws = self._own_windows(context.in1.shape)
         full = context.layout == Layout.FULL and self.kind != "ConvLocal"
         width = 2 if full else 1
         order = [letters_in.index(c) for c in letters_out]
@@ -192,9 +233,15 @@ class ConvNode(Node):
             a = spatial_diagonal(a, n) if context.layout == Layout.FULL else a
             return jnp.transpose(window_sum(a, range(n, n + len(ws)), ws) / k, moved)
 
-        fan_in = self._fan_in(context.in1.width)
-        averaged = tile.linear(average)
-        out = affine_rule(averaged, self.W_std, self.b_std, fan_in, self.parameterization, self.s)
+        averaged, variances = tile.linear(average), None
+        if context.layout == Layout.DIAGONAL and context.carries(tile):
+            var1, var2 = context.variances
+            _, gap12, var1, var2 = average_over_windows(
+                tile.cov12, tile.gap12, var1, var2, range(n, n + len(ws)), ws
+            )
+            gap12, *variances = (jnp.transpose(a, moved) for a in (gap12, var1, var2))
+            averaged = averaged._replace(gap12=gap12)
+        out = self._affine(context, averaged, variances)
         if self.kind == "ConvLocal" and context.need.tile == Layout.FULL:
             out = out.linear(lambda a: embed_diagonal(a, n))
         return out

@@ -6,9 +6,7 @@ eq. 5; Jacot et al. 2018, thm. 1):
     K' = W_std^2 K + b_std^2
     T' = K' + W_std^2 T
 
-With the angular gap A = sqrt(v1 v2) - K beside them,
-
-    A' = W^2 A + W^2 b^2 (sqrt v1 - sqrt v2)^2 / (sqrt(v1' v2') + W^2 sqrt(v1 v2) + b^2).
+The angular gap beside them: `gap.py`.
 """
 
 from __future__ import annotations
@@ -32,6 +30,7 @@ from tangents._infinite.layers.parameterization import (
     scale_weights,
     width_after,
 )
+from tangents._infinite.tile import Tile
 
 
 @node
@@ -46,6 +45,7 @@ class DenseNode(Node):
     parameterization: str = "ntk"
     s: tuple[int, int] = (1, 1)
     name = "Dense"
+    plane_wise = True
     random_weights = True
 
     def input_axes(self):
@@ -84,7 +84,16 @@ class DenseNode(Node):
 
     def rule(self, context, tile):
         fan_in = context.in1.width
-        return affine_rule(tile, self.W_std, self.b_std, fan_in, self.parameterization, self.s)
+        variances = context.variances if context.carries(tile) else None
+        return affine_rule(
+            tile,
+            self.W_std,
+            self.b_std,
+            fan_in,
+            self.parameterization,
+            self.s,
+            variances=variances,
+        )
 
 
 def Dense(
@@ -168,8 +177,10 @@ class EmbeddingNode(Node):
         return jnp.expand_dims(mask, -1)
 
     def rule(self, context, tile):
-        cov12 = self.W_std**2 * tile.cov12
-        return tile._replace(cov12=cov12, ntk=None if tile.ntk is None else cov12)
+        weight = self.W_std**2
+        cov12 = weight * tile.cov12
+        gap12 = None if tile.gap12 is None else weight * tile.gap12
+        return Tile(cov12, None if tile.ntk is None else cov12, gap12)
 
 
 def Embedding(vocabulary: int, out_dim: int, W_std: Any = 1.0) -> Layer:

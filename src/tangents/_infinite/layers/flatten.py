@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from tangents._infinite.graph import Node, node
 from tangents._infinite.layer import Layer
+from tangents._infinite.layers.gap import average_over_positions
 from tangents._infinite.tile import Layout, Need, spatial_diagonal
 
 
@@ -19,6 +20,7 @@ class FlattenNode(Node):
     batch_axis: int = 0
     batch_axis_out: int = 0
     name = "Flatten"
+    closes_planes = "flatten"
 
     def input_axes(self):
         return self.batch_axis, None
@@ -64,12 +66,24 @@ class FlattenNode(Node):
 
     def rule(self, context, tile):
         n = context.n_batch
+        if context.layout == Layout.PLANES:
+            axes = tuple(range(len(context.in1.spatial)))
+            out = tile.linear(lambda a: jnp.mean(a, axis=axes))
+            if context.carries(tile):
+                arrays = (tile.cov12, tile.gap12, *context.variances)
+                out = out._replace(gap12=average_over_positions(*arrays, axes))
+            return out
 
         def mean(a):
             a = spatial_diagonal(a, n) if context.layout == Layout.FULL else a
             return jnp.mean(a, axis=tuple(range(n, a.ndim)))
 
-        return tile.linear(mean)
+        out = tile.linear(mean)
+        if context.layout == Layout.DIAGONAL and context.carries(tile):
+            axes = tuple(range(n, tile.cov12.ndim))
+            gap12 = average_over_positions(tile.cov12, tile.gap12, *context.variances, axes)
+            out = out._replace(gap12=gap12)
+        return out
 
 
 def Flatten(batch_axis: int = 0, batch_axis_out: int = 0) -> Layer:

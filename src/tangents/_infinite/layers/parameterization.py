@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tangents._infinite.layers.gap import affine_gap
 from tangents._infinite.tile import Tile
 
 
@@ -69,13 +70,21 @@ def add_bias(y: jax.Array, b: jax.Array | None, b_std, parameterization: str) ->
 
 
 def affine_rule(
-    averaged: Tile, W_std, b_std, fan_in: int, parameterization: str, s, bias_where: Any = None
+    averaged: Tile,
+    W_std,
+    b_std,
+    fan_in: int,
+    parameterization: str,
+    s,
+    bias_where: Any = None,
+    variances: Any = None,
 ) -> Tile:
     """Covariances after random weights and bias, from those averaged over the fan-in.
 
     `bias_where` (boolean, broadcasts to the tile) restricts the bias to some pairs of positions.
+    `variances`: those of both sides, averaged; with them a gap is carried.
     """
-    mean, ntk, _ = averaged
+    mean, ntk, gap12 = averaged
     bias = None
     if b_std is not None:
         bias = jnp.asarray(b_std**2, mean.dtype)
@@ -96,4 +105,8 @@ def affine_rule(
                 ntk = ntk + bias
     if bias is not None:
         cov12 = cov12 + bias
-    return Tile(cov12, ntk)
+    if gap12 is not None:
+        carried = variances is not None and bias_where is None
+        weight = jnp.asarray(W_std**2, mean.dtype)
+        gap12 = affine_gap(mean, gap12, *variances, weight, bias) if carried else None
+    return Tile(cov12, ntk, gap12)

@@ -27,6 +27,7 @@ class IdentityNode(Node):
     """y = x."""
 
     name = "Identity"
+    plane_wise = True
 
     def apply(self, params, x, *, mask=None, **kwargs):
         return x

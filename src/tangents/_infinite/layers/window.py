@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tangents._infinite.barrier import keep_apart
+
 
 class Padding(enum.Enum):
     """What a window reads beyond the edge: nothing there, zeros, or the other side (a torus)."""
@@ -99,6 +101,24 @@ def extend(a: jax.Array, axis: int, w: Window, value: Any = 0) -> jax.Array:
     return _put(a, axis, w.lo, w.hi, 0, value)
 
 
+def extended(a: jax.Array, axis: int, w: Window) -> jax.Array:
+    """`extend`, kept apart from what reads it.
+
+    XLA on CPU (JAX 0.10.2) computes wrong numbers, by as much as a quarter, where a padding is
+    fused into the slices of a window between two nonlinearities whose scale is an argument of the
+    program (`test_windows_between_nonlinearities`).
+    """
+    return lax.optimization_barrier(extend(a, axis, w))
+
+
+def extended_all(a: jax.Array, axes: Sequence[int], ws: Sequence[Window]) -> jax.Array:
+    """`extend` along several axes, written once: a padding computed by its readers is slow."""
+    before = a
+    for axis, w in zip(axes, ws, strict=True):
+        a = extend(a, axis, w)
+    return a if a.shape == before.shape else keep_apart(a)
+
+
 def taps(a: jax.Array, axis: int, w: Window) -> list[jax.Array]:
     """What each tap of the window reads at all output positions, from an extended axis."""
     n_out = (a.shape[axis] - w.size) // w.stride + 1
@@ -111,7 +131,7 @@ def taps(a: jax.Array, axis: int, w: Window) -> list[jax.Array]:
 def window_sum(a: jax.Array, axes: Sequence[int], ws: Sequence[Window]) -> jax.Array:
     """Sum over the windows along the axes, one axis after another: shifts and adds."""
     for axis, w in zip(axes, ws, strict=True):
-        a = sum(taps(extend(a, axis, w), axis, w))  # pyright: ignore[reportAssignmentType]
+        a = sum(taps(extended(a, axis, w), axis, w))  # pyright: ignore[reportAssignmentType]
     return a
 
 
@@ -122,7 +142,7 @@ def window_sum_pairs(a: jax.Array, n_batch: int, ws: Sequence[Window]) -> jax.Ar
     """
     for i, w in enumerate(ws):
         first, second = n_batch + 2 * i, n_batch + 2 * i + 1
-        a = extend(extend(a, first, w), second, w)
+        a = extended(extend(a, first, w), second, w)
         parts = zip(taps(a, first, w), range(w.size), strict=True)
         a = sum(taps(part, second, w)[t] for part, t in parts)  # pyright: ignore
     return a

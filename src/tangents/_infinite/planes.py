@@ -1,0 +1,216 @@
+"""Offset planes: covariances sorted by the difference of their positions.
+
+An infinite convolution averages K(i, i') along diagonals: the entries of one offset i' - i form a
+*plane* that convolutions and nonlinearities never leave, from the first layer to the pooling. So a
+plane is computed through all of them while it is in cache, and of a network that flattens its
+images only the plane of offset 0 is needed.
+
+Offsets are taken modulo M (at least the size n): the plane d holds the offsets d and d - M, whose
+positions are disjoint, so that all M planes of n positions hold the n^2 pairs once:
+
+    plane d at position i:  K(i, (i + d) mod M),  nothing where that is beyond the edge.
+
+With stride s the plane d of M / s comes from the plane s d of M. A window at output position o with
+tap t reads position o s + t - lo of both inputs; where the second one falls beyond the edge, the
+entry is masked (the first one finds padding).
+
+Arrays are `(*spatial, Q)` with Q = (offsets of each axis, pairs of examples) in one axis: the last
+axis is long, whatever the sizes of images, and shifts along spatial axes move whole rows of it. The
+first spatial axis may be *looped*: one offset, a traced number, at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from tangents._infinite.layers.window import Window, extended, extended_all, taps
+
+ZERO, LOOP, ALL = "zero", "loop", "all"
+"""Which offsets of an axis an array holds: 0 alone, one traced offset, all M of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One spatial axis: planes d = 0 ... planes - 1 stand for the offsets scale * d mod M.
+
+    M = scale * planes: the planes are those of the end of a run of layers, `scale` the product of
+    the strides from here to there.
+    """
+
+    planes: int
+    scale: int
+    mode: str
+
+    @property
+    def modulus(self) -> int:
+        """M at this layer."""
+        return self.planes * self.scale
+
+    @property
+    def held(self) -> int:
+        """Number of offsets in an array."""
+        return self.planes if self.mode == ALL else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Planes:
+    """Which offsets a tile holds; `offset`: the plane of the looped axis. pairs: of examples.
+
+    same: boolean (Q,), entries of an example with itself at one position; or None.
+    """
+
+    axes: tuple[Axis, ...]
+    pairs: int
+    offset: Any = None
+    same: Any = None
+
+    def replace(self, **changes: Any) -> Planes:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def strided(self, strides: Sequence[int]) -> Planes:
+        """After a layer with these strides."""
+        if all(s == 1 for s in strides):
+            return self
+        axes = (
+            dataclasses.replace(a, scale=a.scale // s)
+            for a, s in zip(self.axes, strides, strict=True)
+        )
+        return self.replace(axes=tuple(axes))
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """Offsets held of each axis."""
+        return tuple(a.held for a in self.axes)
+
+    def spread(self, a: Any, k: int) -> Any:
+        """`(n, held offsets of axis k)` to something that broadcasts to `(*spatial, Q)`."""
+        held = [1] * len(self.axes)
+        held[k] = a.shape[1]
+        a = a.reshape((a.shape[0], *held, 1))
+        if self.axes[k].mode == ALL:
+            a = np.broadcast_to(a, (a.shape[0], *self.held, self.pairs))
+        a = a.reshape((a.shape[0], -1))
+        return a.reshape((a.shape[0],) + (1,) * (len(self.axes) - 1 - k) + (-1,))
+
+
+jax.tree_util.register_pytree_node(
+    Planes,
+    lambda p: ((p.offset, p.same), (p.axes, p.pairs)),
+    lambda aux, children: Planes(aux[0], aux[1], *children),
+)
+
+
+def _second_inside(planes: Planes, k: int, n: int, n_out: int, w: Window) -> list[Any]:
+    """For each tap: is the second position inside the input? `None` where it always is.
+
+    planes: those after the window.
+    """
+    axis = planes.axes[k]
+    if axis.mode == ZERO or w.wrap:
+        return [None] * w.size
+    o = np.arange(n_out)[:, None]
+    offsets = axis.scale * (np.arange(axis.planes)[None] if axis.mode == ALL else planes.offset)
+    second = (o + offsets) % axis.modulus
+    out = []
+    for t in range(w.size):
+        read = second * w.stride + (t - w.lo)
+        inside = (read >= 0) & (read < n)
+        if isinstance(inside, np.ndarray) and inside.all():
+            out.append(None)
+        else:
+            out.append(planes.spread(inside, k))
+    return out
+
+
+def window_sum_planes(a: jax.Array, after: Planes, ws: Sequence[Window]) -> jax.Array:
+    """Sum over the taps of a window, both positions moving as one; `after`: behind the window."""
+    sizes = a.shape
+    a = extended_all(a, range(len(ws)), ws)
+    for k, w in enumerate(ws):
+        n = sizes[k]
+        parts = taps(a, k, w)
+        inside = _second_inside(after, k, n, parts[0].shape[k], w)
+        total = None
+        for part, mask in zip(parts, inside, strict=True):
+            if mask is not None:
+                part = part * jnp.asarray(mask, a.dtype)
+            total = part if total is None else total + part
+        a = total  # pyright: ignore[reportAssignmentType]
+    return a
+
+
+def pool_axis(
+    a: jax.Array, k: int, offsets_axis: int, n: int, modulus: int, w: Window
+) -> jax.Array:
+    """Sum over windows of both positions along one axis; all M offsets are at hand.
+
+    a: positions on axis k, offsets on `offsets_axis`, apart. out[d, o] = sum over taps t, u of
+    K[(s d + u - t) mod M, o s + t - lo].
+    """
+    s = w.stride
+    parts = taps(extended(a, k, w), k, w)
+    n_out = parts[0].shape[k]
+    o, d = np.arange(n_out)[:, None], np.arange(modulus // s)[None]
+    second = ((o + d) % (modulus // s)) * s - w.lo
+    total = None
+    for t, part in enumerate(parts):
+        for u in range(w.size):
+            moved = jnp.roll(part, t - u, offsets_axis) if t != u else part
+            moved = lax.slice_in_dim(moved, 0, None, s, offsets_axis)
+            inside = (second + u >= 0) & (second + u < n)
+            if not inside.all() and not w.wrap:
+                shape = [1] * moved.ndim
+                shape[k], shape[offsets_axis] = inside.shape
+                moved = moved * jnp.asarray(inside.reshape(shape), a.dtype)
+            total = moved if total is None else total + moved
+    return total  # pyright: ignore[reportReturnType]
+
+
+def valid_positions(n: int, modulus: int) -> np.ndarray:
+    """`(n, M)`: is position (i + d) mod M inside."""
+    return (np.arange(n)[:, None] + np.arange(modulus)[None]) % modulus < n
+
+
+def shifted(a: jax.Array, k: int, axis: Axis, n: int) -> jax.Array:
+    """Second positions of axis k of `(*spatial, offsets so far, P)`, zero beyond the edge.
+
+    All offsets: their axis stands before P. A looped axis: rows 0 ... M + n - 1, of which
+    `at_offset` takes n.
+    """
+    if axis.mode == ZERO:
+        return jnp.expand_dims(a, -2)
+    beyond = [(0, 0)] * a.ndim
+    beyond[k] = (0, axis.modulus - n)
+    twice = jnp.concatenate([jnp.pad(a, beyond), a], axis=k)
+    if axis.mode == LOOP:
+        return jnp.expand_dims(twice, -2)
+    index = np.arange(n)[:, None] + axis.scale * np.arange(axis.planes)[None]
+    taken = jnp.take(twice, jnp.asarray(index), axis=k)  # k: positions, k + 1: offsets
+    return jnp.moveaxis(taken, k + 1, -2)
+
+
+def arrange(a: jax.Array, axes: Sequence[Axis], side: int) -> jax.Array:
+    """Variances `(P, *spatial)` of one side as `(*spatial, Q)`; a looped axis is not yet cut."""
+    a = jnp.moveaxis(a, 0, -1)
+    sizes = a.shape[:-1]
+    for k, axis in enumerate(axes):
+        if side == 2:
+            a = shifted(a, k, axis, sizes[k])
+        else:
+            a = jnp.broadcast_to(a[..., None, :], (*a.shape[:-1], axis.held, a.shape[-1]))
+    return a.reshape((*a.shape[: len(sizes)], math.prod(a.shape[len(sizes) :])))
+
+
+def at_offset(a: jax.Array, offset: Any, scale: int, modulus: int) -> jax.Array:
+    """The rows of a looped axis at one offset."""
+    n = a.shape[0] - modulus
+    return lax.dynamic_slice_in_dim(a, offset * scale, n, axis=0)

@@ -1,0 +1,433 @@
+"""Networks of convolutions plane by plane: runs of layers between poolings (see `planes.py`).
+
+A network is cut into *segments*: layers that never leave a plane, closed by one that mixes planes
+(a pooling) or picks one (Flatten). Pairs of examples go through the segments in groups:
+
+1. the pairs (a, a) first, group by group. Their offset 0 is the variance; a walk over equal
+   positions gives what the layers of the segment read of it, and the tape of that is kept;
+2. the other pairs, with these tapes. With x2 = None those with a < b.
+
+How the groups are made and put together: `convolutional.py`.
+
+Inside a segment the offsets of the first axis are a loop, so that what one step touches stays in
+cache; the pooling at its end runs over the second axis inside the loop, and over the first behind
+it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from tangents._infinite.execute import State, Tape, join_sides, map_sides, run
+from tangents._infinite.graph import Node, Parallel, Repeat, Serial
+from tangents._infinite.layers.window import Padding
+from tangents._infinite.planes import (
+    ALL,
+    LOOP,
+    ZERO,
+    Axis,
+    Planes,
+    arrange,
+    at_offset,
+    pool_axis,
+    valid_positions,
+)
+from tangents._infinite.tile import Layout, Need, Signal, Tile
+
+STEP = 2**15
+"""Entries of one array in a step of the loop: 128 KiB in float32, a part of a core's cache."""
+
+
+class Unplanned(Exception):
+    """The network has a layer that offset planes do not serve."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Layers that stay in their planes, and the one that closes them (None at the end).
+
+    before, after: signals before the layers and before the closing one. start: place of the first
+    layer. strides: their product, per spatial axis.
+    """
+
+    nodes: tuple[Node, ...]
+    close: Node | None
+    before: Signal
+    after: Signal
+    start: int
+    strides: tuple[int, ...]
+
+    @property
+    def walked(self) -> Serial:
+        """The layers that the walk passes: Flatten keeps to offset 0."""
+        closing = (self.close,) if _closing(self.close) == "flatten" else ()
+        return Serial((*self.nodes, *closing), self.start)
+
+    def only_equal(self) -> bool:
+        """Is offset 0 all that is needed?"""
+        return _closing(self.close) == "flatten" or not self.before.spatial
+
+
+def _strides(node: Node, signal: Signal) -> tuple[int, ...] | list:
+    """Product of the strides of a run of layers; raises where a layer leaves its plane."""
+    ones = (1,) * len(signal.spatial)
+    if isinstance(node, Serial):
+        total: Any = ones
+        for child in node.nodes:
+            total = _combine(total, child, signal)
+            signal = child.signal(signal)
+        return total
+    if isinstance(node, Repeat):
+        if any(s != 1 for s in _strides(node.node, signal)):
+            raise Unplanned
+        return ones
+    if not node.plane_wise:
+        raise Unplanned
+    return node.plane_strides(signal)
+
+
+def _combine(total: Any, child: Node, signal: Any) -> Any:
+    """Strides after one more layer; lists while there are branches."""
+    if isinstance(child, Parallel):
+        if not isinstance(total, list):
+            raise Unplanned
+        pairs = zip(total, child.nodes, signal, strict=True)
+        return [tuple(np.multiply(t, _strides(c, s)).tolist()) for t, c, s in pairs]
+    if isinstance(child, Serial):
+        for inner in child.nodes:
+            total = _combine(total, inner, signal)
+            signal = inner.signal(signal)
+        return total
+    if isinstance(total, list):
+        if not child.plane_wise or not child.many_inputs or len(set(total)) > 1:
+            raise Unplanned
+        return total[0]
+    out = child.signal(signal)
+    if isinstance(out, list):
+        if not child.plane_wise:
+            raise Unplanned
+        return [total] * len(out)
+    return tuple(np.multiply(total, _strides(child, signal)).tolist())
+
+
+def _flat(node: Node) -> list[Node]:
+    if isinstance(node, Serial):
+        return [n for child in node.nodes for n in _flat(child)]
+    return [node]
+
+
+def _closes(node: Node, signal: Signal) -> bool:
+    if node.closes_planes == "windows":
+        if node.normalize_edges or node.padding == Padding.CIRCULAR:  # pyright: ignore
+            raise Unplanned
+        return True
+    return bool(node.closes_planes and signal.spatial)
+
+
+def _closing(node: Node | None) -> str:
+    return "" if node is None else node.closes_planes
+
+
+def segments(node: Node, signal: Signal) -> list[Segment]:
+    """Cut a network; raises `Unplanned` where it cannot be."""
+    nodes, out, run_of, start = _flat(node), [], [], 0
+    before: Any = signal
+    total: Any = (1,) * len(signal.spatial)
+    for i, child in enumerate(nodes):
+        if isinstance(signal, Signal) and _closes(child, signal):
+            out.append(Segment(tuple(run_of), child, before, signal, start, total))
+            signal = before = child.signal(signal)
+            run_of, start, total = [], i + 1, (1,) * len(signal.spatial)
+            continue
+        if not isinstance(child, (Parallel, Repeat)) and not child.plane_wise:
+            raise Unplanned
+        total = _combine(total, child, signal)
+        signal = child.signal(signal)
+        run_of.append(child)
+    if isinstance(signal, list) or signal.spatial:
+        raise Unplanned
+    return [*out, Segment(tuple(run_of), None, before, signal, start, total)]
+
+
+def moduli(cut: list[Segment]) -> list[tuple[int, ...]]:
+    """M of each axis at the start of each segment: sizes rounded up to all strides that follow."""
+    sizes = cut[0].before.spatial
+    total = [1] * len(sizes)
+    for segment in cut:
+        if segment.before.spatial:
+            steps = _steps(segment)
+            total = [t * s * p for t, s, p in zip(total, segment.strides, steps, strict=True)]
+    out, current = [], [-(-n // t) * t for n, t in zip(sizes, total, strict=True)]
+    for segment in cut:
+        out.append(tuple(current) if segment.before.spatial else ())
+        if segment.before.spatial:
+            steps = _steps(segment)
+            current = [
+                c // (s * p) for c, s, p in zip(current, segment.strides, steps, strict=True)
+            ]
+    return out
+
+
+def fits(cut: list[Segment]) -> bool:
+    """Do the sizes go with planes: poolings divide, and what wraps around has M positions?"""
+    for segment, modulus in zip(cut, moduli(cut), strict=True):
+        if segment.only_equal():
+            continue
+        signal, here = segment.before, modulus
+        for node in segment.nodes:
+            if not _wraps_whole(node, signal, here):
+                return False
+            strides = _combine((1,) * len(here), node, signal)
+            if isinstance(strides, list):
+                break  # branches join in the next layer; inside them nothing wraps (see below)
+            signal = node.signal(signal)
+            here = tuple(h // s for h, s in zip(here, strides, strict=True))
+    return True
+
+
+def _wraps_whole(node: Node, signal: Any, modulus: tuple[int, ...]) -> bool:
+    if getattr(node, "padding", None) == Padding.CIRCULAR:
+        return isinstance(signal, Signal) and signal.spatial == modulus
+    return all(_wraps_whole(child, None, modulus) for child in node.children())
+
+
+def _steps(segment: Segment) -> tuple[int, ...]:
+    if _closing(segment.close) == "windows":
+        return segment.close.strides
+    return (1,) * len(segment.before.spatial)
+
+
+# ---- one segment ---------------------------------------------------------------------------------
+
+
+def axes_of(segment: Segment, modulus: tuple[int, ...], pairs: int) -> tuple[Axis, ...]:
+    """What is held of each spatial axis while so many pairs pass a segment."""
+    if segment.only_equal():
+        return tuple(Axis(1, s, ZERO) for s in segment.strides)
+    planes = [m // s for m, s in zip(modulus, segment.strides, strict=True)]
+    size = math.prod(planes) * math.prod(segment.before.spatial) * pairs
+    first = LOOP if size > 2 * STEP and len(planes) > 0 else ALL
+    return tuple(
+        Axis(p, s, ALL if k else first)
+        for k, (p, s) in enumerate(zip(planes, segment.strides, strict=True))
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """A group of pairs: numbers of the examples of both sides.
+
+    same: boolean (size,), pairs of one example in one draw; or None.
+    """
+
+    first: Any
+    second: Any
+    size: int
+    same: Any
+
+
+def _same(pairs: Pairs, axes: tuple[Axis, ...], offset: Any) -> Any:
+    """Entries (Q,) of an example with itself at one position."""
+    if pairs.same is None:
+        return None
+    same = jnp.ones((1,), bool)
+    for axis in axes:
+        here = jnp.arange(axis.held) == 0
+        if axis.mode == LOOP:
+            here = jnp.reshape(jnp.asarray(offset) == 0, (1,))
+        same = (same[:, None] & here).reshape(-1)
+    return (same[:, None] & pairs.same).reshape(-1)
+
+
+def plane_state(segment: Segment, tile: Any, side: Any, planes: Planes, n: int) -> State:
+    """The state before a segment: of planes with a tile, of variances without one."""
+    signal = segment.before
+    shape = list(signal.shape)
+    shape[signal.batch_axis] = n
+    signal = signal.replace(shape=tuple(shape))
+    return State(
+        tile=tile,
+        side1=side,
+        side2=None,
+        mask1=None,
+        mask2=None,
+        index1=None,
+        index2=None,
+        x1_is_x2=None,
+        in1=signal,
+        in2=signal,
+        layout=Layout.DIAGONAL if tile is None else Layout.PLANES,
+        side_layout=Layout.NONE if side is None else Layout.DIAGONAL,
+        side_pairs=False,
+        shared=tile is None,
+        planes=planes,
+    )
+
+
+def record(segment: Segment, variance: jax.Array, axes: tuple[Axis, ...], keep: bool) -> Tape:
+    """What the layers of a segment read of the variances `(n, *spatial)` before it."""
+    n = variance.shape[0]
+    state = plane_state(segment, None, variance, Planes(axes, n), n)
+    tape = Tape(keep)
+    need = Need(Layout.DIAGONAL, Layout.DIAGONAL)
+    run(segment.walked, state, need, (None, None), {}, tape)
+    return tape
+
+
+def _arranged(tape: Tape, entries: Any, axes: tuple[Axis, ...], side: int) -> list:
+    """Entries of a group of pairs in the order of planes, each with the scale it has there."""
+    out = []
+    for entry, scales in zip(entries, tape.scales, strict=True):
+        here = [dataclasses.replace(a, scale=s) for a, s in zip(axes, scales, strict=True)]
+
+        def put(a, axis, here=here):
+            if axis:  # turns of a Repeat
+                return jax.vmap(lambda b: put(b, axis - 1))(a)
+            return arrange(a, here, side)
+
+        out += map_sides(put, [entry])
+    # Fused into the layers that read them, these gathers came out wrong on CPU (JAX 0.10.2).
+    return lax.optimization_barrier(out)
+
+
+def _cut(tape: Tape, entries: Any, axes: tuple[Axis, ...], offset: Any) -> list:
+    """Entries of side 2 at one offset of the looped axis."""
+    out = []
+    for entry, scales in zip(entries, tape.scales, strict=True):
+        modulus = axes[0].planes * scales[0]
+
+        def take(a, axis, scale=scales[0], modulus=modulus):
+            if axis:
+                return jax.vmap(lambda b: take(b, axis - 1))(a)
+            return at_offset(a, offset, scale, modulus)
+
+        out += map_sides(take, [entry])
+    return out
+
+
+def through(
+    segment: Segment,
+    modulus: tuple[int, ...],
+    source: Callable[[tuple[Axis, ...], Any], Tile],
+    tape1: Tape,
+    tape2: Tape,
+    pairs: Pairs,
+    want_gap: bool,
+) -> Any:
+    """A group of pairs through a segment and the layer that closes it.
+
+    source: `(axes, offset) -> tile` at the input, arrays `(*spatial, Q)`.
+
+    Returns:
+      `(cov12, ntk, gap12)`: `(*spatial, *offsets, P)` of all offsets where positions are left, else
+      `(P,)`.
+    """
+    axes = axes_of(segment, modulus, pairs.size)
+    sides1 = _arranged(tape1, _gather(tape1.entries, pairs.first), axes, 1)
+    sides2 = _arranged(tape2, _gather(tape2.entries, pairs.second), axes, 2)
+    looped = bool(axes) and axes[0].mode == LOOP
+
+    def at(offset: Any) -> Any:
+        cut2 = _cut(tape2, sides2, axes, offset) if looped else sides2
+        planes = Planes(axes, pairs.size, offset, _same(pairs, axes, offset))
+        state = plane_state(segment, source(axes, offset), None, planes, pairs.size)
+        tape = Tape(want_gap, join_sides(sides1, cut2))
+        state = run(segment.walked, state, Need(Layout.PLANES, Layout.NONE), (None, None), {}, tape)
+        return _close_inner(segment, state.tile, state.planes)
+
+    if not looped:
+        return _close_outer(segment, at(None), Planes(_final(axes), pairs.size), False)
+    tiles = lax.map(jax.checkpoint(at), jnp.arange(axes[0].planes))
+    return _close_outer(segment, tiles, Planes(_final(axes), pairs.size), True)
+
+
+def _final(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    return tuple(dataclasses.replace(a, scale=1) for a in axes)
+
+
+def _gather(entries: Any, index: Any) -> list:
+    return map_sides(lambda a, axis: jnp.take(a, index, axis=axis), entries)
+
+
+def each_array(fn: Callable[[Any], Any], tile: Tile) -> Tile:
+    """`fn` on the arrays of a tile; a zero without axes stays."""
+    return Tile(*(a if a is None or a.ndim == 0 else fn(a) for a in tile))
+
+
+def _close_inner(segment: Segment, tile: Tile, planes: Planes) -> Tile:
+    """The closing layer inside the loop: on all axes but the looped one."""
+    close, sizes = segment.close, segment.after.spatial
+    if not sizes or _closing(close) == "flatten":
+        return tile
+    held = planes.held
+    tile = each_array(lambda a: a.reshape((*a.shape[:-1], *held, planes.pairs)), tile)
+    if _closing(close) == "everything":
+        valid = [
+            _valid_axis(planes, k, n, len(sizes))
+            for k, n in enumerate(sizes)
+            if not (planes.axes[k].mode == ALL and planes.axes[k].modulus == n)
+        ]
+
+        def total(a):
+            for v in valid:
+                a = a * v.astype(a.dtype)
+            return jnp.sum(a, axis=tuple(range(a.ndim - 1)))
+
+        return each_array(total, tile)
+    ws = close._windows(segment.after.shape)  # pyright: ignore
+    scale = math.prod(close.window_shape) if close.average else 1  # pyright: ignore
+
+    def pool(a):
+        for k in range(len(sizes)):
+            if planes.axes[k].mode == ALL:
+                a = pool_axis(a, k, len(sizes) + k, sizes[k], planes.axes[k].planes, ws[k])
+        return a / scale**2
+
+    return each_array(pool, tile)
+
+
+def _valid_axis(planes: Planes, k: int, n: int, dims: int) -> jax.Array:
+    axis = planes.axes[k]
+    if axis.mode == ALL:
+        valid = jnp.asarray(valid_positions(n, axis.modulus))
+    else:
+        valid = ((jnp.arange(n) + planes.offset) % axis.modulus < n)[:, None]
+    shape = [1] * (2 * dims + 1)
+    shape[k], shape[dims + k] = valid.shape
+    return valid.reshape(shape)
+
+
+def _close_outer(segment: Segment, tile: Tile, planes: Planes, looped: bool) -> Tile:
+    """What is left of the closing layer behind the loop, whose axis is in front."""
+    close, sizes = segment.close, segment.after.spatial
+    if not sizes or _closing(close) == "flatten":
+        return tile
+    dims = len(sizes)
+    if _closing(close) == "everything":
+        if looped:
+            tile = each_array(lambda a: jnp.sum(a, axis=0), tile)
+        scale = math.prod(sizes) ** 2 if close.average else 1
+        return each_array(lambda a: a / scale, tile)
+    if looped:  # (d0, *positions, 1, *offsets, P)
+        tile = Tile(*(a if a is None else a[0] if a.ndim == 1 else a for a in tile))
+        tile = each_array(lambda a: jnp.moveaxis(jnp.squeeze(a, 1 + dims), 0, dims), tile)
+        w = close._windows(segment.after.shape)[0]  # pyright: ignore
+        planes0 = planes.axes[0].planes
+        tile = each_array(lambda a: pool_axis(a, 0, dims, sizes[0], planes0, w), tile)
+    return tile
+
+
+def diagonal(tile: Tile, dims: int) -> jax.Array:
+    """Offset 0 of pairs (a, a): variances `(P, *spatial)`."""
+    a = tile.cov12
+    for _ in range(dims):
+        a = lax.index_in_dim(a, 0, dims, keepdims=False)
+    return jnp.moveaxis(a, -1, 0)
