@@ -129,10 +129,6 @@ def test_targets_of_one_dimension_give_answers_of_one_dimension(rtol):
 # ---- gradients at the cusp -----------------------------------------------------------------------
 
 
-@pytest.mark.xfail(
-    reason="covariances of equal inputs are replaced by variances, gradient and all: half again as "
-    "large where only one of the inputs moves"
-)
 def test_gradient_at_equal_inputs_is_the_symmetric_subgradient(x64):
     """The mean of the one-sided derivatives of the NTK along a line through equality."""
     kernel_fn = stax.serial(stax.Dense(1), stax.Relu(), stax.Dense(1))[2]

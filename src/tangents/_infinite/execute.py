@@ -20,6 +20,7 @@ from tangents._infinite.tile import (
     Need,
     Signal,
     Tile,
+    in_value,
     pair_positions,
     position_mask,
     spatial_diagonal,
@@ -231,7 +232,8 @@ def _pin(node: Node, context: Context, tile: Tile) -> Tile:
     """Make the covariance of an example with itself its variance, to the last bit.
 
     Side and tile are computed by different contractions, and an angle of zero off by rounding is
-    off by its square root: nonlinearities with a kink would lose half of their digits there.
+    off by its square root: nonlinearities with a kink would lose half of their digits there. In
+    value alone: where one of two equal inputs moves, covariance and variance change differently.
     """
     same = context.same_entries
     if not node.gaussian_input or same is None or context.side1 is None:
@@ -240,7 +242,7 @@ def _pin(node: Node, context: Context, tile: Tile) -> Tile:
     gap12 = None
     if tile.gap12 is not None:
         gap12 = jnp.where(same, jnp.zeros((), tile.gap12.dtype), tile.gap12)
-    return tile._replace(cov12=jnp.where(same, var1, tile.cov12), gap12=gap12)
+    return tile._replace(cov12=in_value(same, var1, tile.cov12), gap12=gap12)
 
 
 def _mask_out(node: Node, masks: list, signals: list[Signal], many: bool) -> Any:
