@@ -46,10 +46,18 @@ def test_demo_twice(tmp_path):
     assert "NTK at initialisation" in run.stderr  # progress
 
 
+HEED_INTERRUPTS = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""Started in the background of a shell, programs inherit that interrupts are ignored."""
+
+
 def test_interrupted_demo_leaves_nothing(tmp_path):
     out = tmp_path / "new" / "report"
     process = subprocess.Popen(
-        [*COMMAND, "demo", "--quick", "--out", str(out)],
+        [sys.executable, "-c", HEED_INTERRUPTS, *COMMAND, "demo", "--quick", "--out", str(out)],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -43,6 +43,19 @@ def test_kernel(model, inputs, expected, implementation):
     np.testing.assert_allclose(kernel, expected, rtol=1e-8)
 
 
+@pytest.mark.parametrize("implementation", ["AUTO", "STRUCTURED_DERIVATIVES"])
+def test_more_outputs_than_features(inputs, implementation):
+    """JAX takes a factorisation of the last layer there, which TensorFlow's runtime lacks."""
+    keras.utils.set_random_seed(0)
+    dense = lambda *args, **kwargs: L.Dense(*args, dtype="float64", **kwargs)
+    layers = [dense(4, activation="relu"), dense(9)]
+    wide = keras.Sequential([keras.Input((3,), dtype="float64"), *layers])
+    kernel_fn = experimental.empirical_ntk_fn_tf(wide, vmap_axes=0, implementation=implementation)
+    expected = gradient_tape.ntk(wide, wide.trainable_variables, *inputs)
+    kernel = kernel_fn(*inputs, wide.trainable_variables)
+    np.testing.assert_allclose(kernel, expected, rtol=1e-8)
+
+
 def test_defaults_are_those_of_the_jax_function():
     import inspect
 

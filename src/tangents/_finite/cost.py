@@ -7,7 +7,7 @@ matrix products from thick ones were fitted on CPU (`SKINNY`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -90,6 +90,16 @@ def _labels(use: Use) -> int:
     return math.prod(use.sizes[label] for label in names)
 
 
+def _meeting(
+    uses1: Sequence[tuple[int, Use]], uses2: Sequence[tuple[int, Use]], root: Root, same: bool
+) -> Iterator[tuple[tuple[int, Use], tuple[int, Use]]]:
+    """The pairs of uses whose product is not zero; of one set, no pair and its transpose."""
+    for i, first in uses1:
+        for j, second in uses2:
+            if not (same and j < i) and not contraction.apart(first, second, root):
+                yield (i, first), (j, second)
+
+
 def in_pairs(
     uses1: Sequence[tuple[int, Use]],
     uses2: Sequence[tuple[int, Use]],
@@ -100,24 +110,19 @@ def in_pairs(
 ) -> Form | None:
     """Every pair of uses by the cheaper of its products; None if some pair has none."""
     work, entries, pairs = 0.0, 0.0, []
-    for i, first in uses1:
-        for j, second in uses2:
-            if same and j < i:
-                continue  # the transpose of a pair that is there
-            if contraction.apart(first, second, root):
-                continue
-            match = contraction.matched(first, second)
-            if match is None:
-                return None
-            labels = contraction.label_pair(first, second, match, layout)
-            sizes = extent.sizes() | labels.sizes
-            both = first.factored.equality and second.factored.equality
-            ways = [("gram", _gram(labels, sizes, layout, both))]
-            if not both:
-                ways.append(("crossed", _crossed(labels, sizes, layout)))
-            name, (cost, held) = min(ways, key=lambda way: way[1][0])
-            work, entries = work + cost, max(entries, held)
-            pairs.append((i, j, name))
+    for (i, first), (j, second) in _meeting(uses1, uses2, root, same):
+        match = contraction.matched(first, second)
+        if match is None:
+            return None
+        labels = contraction.label_pair(first, second, match, layout)
+        sizes = extent.sizes() | labels.sizes
+        both = first.factored.equality and second.factored.equality
+        ways = [("gram", _gram(labels, sizes, layout, both))]
+        if not both:
+            ways.append(("crossed", _crossed(labels, sizes, layout)))
+        name, (cost, held) = min(ways, key=lambda way: way[1][0])
+        work, entries = work + cost, max(entries, held)
+        pairs.append((i, j, name))
     return Form("pairs", work, entries, tuple(pairs))
 
 
@@ -129,12 +134,7 @@ def at_output(
     same: bool,
 ) -> Form:
     """Uses whose cotangents are unit vectors: a product of activations alone."""
-    pairs = tuple(
-        (i, j, "unit")
-        for i, first in uses1
-        for j, second in uses2
-        if not (same and j < i) and not contraction.apart(first, second, root)
-    )
+    pairs = tuple((i, j, "unit") for (i, _), (j, _) in _meeting(uses1, uses2, root, same))
     examples = extent.examples1 * extent.examples2
     entries = float(examples * extent.kept * extent.output1 * extent.output2)
     summed = max(math.prod(use.sizes[k] for k in use.activation or ()) for _, use in uses1)

@@ -23,6 +23,7 @@ from tangents._infinite.tile import (
     Need,
     Signal,
     Tile,
+    in_value,
     pair_positions,
     position_mask,
     spatial_diagonal,
@@ -257,7 +258,8 @@ def _pin(node: Node, context: Context, tile: Tile) -> Tile:
     """Make the covariance of an example with itself its variance, to the last bit.
 
     Side and tile are computed by different contractions, and an angle of zero off by rounding is
-    off by its square root: nonlinearities with a kink would lose half of their digits there.
+    off by its square root: nonlinearities with a kink would lose half of their digits there. In
+    value alone: where one of two equal inputs moves, covariance and variance change differently.
     """
     if not node.gaussian_input or context.side1 is None:
         return tile
@@ -267,10 +269,7 @@ def _pin(node: Node, context: Context, tile: Tile) -> Tile:
     if gap12 is None and _makes_gap(node, tile):
         gap12 = jnp.maximum(norm(var1, var2) - jnp.abs(cov12), 0)
     if same is not None:
-        # The value alone: where one of two equal inputs moves, the covariance and the variance
-        # change differently. The sum is var1 to the last bit, since the two are neighbours.
-        off = jnp.where(same, var1 - cov12, jnp.zeros((), cov12.dtype))
-        cov12 = cov12 + jax.lax.stop_gradient(off)
+        cov12 = in_value(same, var1, cov12)
         gap12 = None if gap12 is None else jnp.where(same, jnp.zeros((), gap12.dtype), gap12)
     return tile._replace(cov12=cov12, gap12=gap12)
 

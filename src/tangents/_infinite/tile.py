@@ -221,7 +221,7 @@ class Context:
         same = self.same_entries
         if same is not None and self.in1 == self.in2 and not self.has_gap:
             # Also where a compiler computes the two sides with different roundings.
-            var2 = jnp.where(same, var1, var2)
+            var2 = in_value(same, var1, var2)
         return var1, var2
 
     @property
@@ -241,6 +241,14 @@ class Context:
     def pair(self, a1: jax.Array, a2: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Bring `(n1, H, W)` and `(n2, H, W)` to shapes that broadcast to the tile."""
         return pair_positions(a1, a2, self.layout, self.all_pairs)
+
+
+def in_value(same: jax.Array, value: jax.Array, array: jax.Array) -> jax.Array:
+    """`array` with `value` where `same`, but with its own derivative.
+
+    The two are the same number up to rounding, so their difference and the sum are exact.
+    """
+    return array + lax.stop_gradient(jnp.where(same, value - array, jnp.zeros((), array.dtype)))
 
 
 def position_mask(mask: jax.Array | None, signal: Signal) -> jax.Array | None:

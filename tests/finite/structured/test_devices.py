@@ -1,5 +1,6 @@
 """Inputs spread over devices, and programs written for them."""
 
+import os
 import subprocess
 import sys
 
@@ -44,9 +45,9 @@ print("done")
 def test_sharded_inputs_and_shard_map():
     """On four simulated devices; a weight that enters a `shard_map` is taken as a whole."""
     environment = {
+        **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PATH": "/usr/bin",
     }
     done = subprocess.run(
         [sys.executable, "-c", SHARDED],

@@ -52,7 +52,7 @@ def products(draw):
     return sides, draw(st.integers(0, 1))
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(products())
 def test_dot_general(case):
     (lhs, rhs), operand = case
@@ -99,7 +99,7 @@ def convolutions(draw):
     return place(image, specs[0]), place(kernel, specs[1]), keywords
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(convolutions())
 def test_convolution(case):
     image, kernel, keywords = case

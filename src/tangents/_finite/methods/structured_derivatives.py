@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from tangents._core import lapack
 from tangents._core.axes import PairAxes
 from tangents._core.memory import MemoryLike, format_bytes, free_bytes, resolve_budget
 from tangents._core.typing import Array
@@ -142,7 +143,9 @@ class LeafKernel:
         if not paired or self.options.form is not None:
             return Head(frozenset())
         if head.axis is not None and (
-            self.options.forward or self._logits(head.axis) in self.pair.diagonal
+            self.options.forward
+            or self._logits(head.axis) in self.pair.diagonal
+            or not lapack.available()  # the basis is a factorisation
         ):
             return Head(head.uses)
         return head

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import tree_util
 
+from tangents._core import lapack
 from tangents._core.typing import PyTree
 
 
@@ -136,7 +137,7 @@ def _differentiable(function: Callable[..., tuple]) -> Callable[..., tuple]:
 def _convert(function: Callable[..., tuple], tensors: tuple) -> tuple:
     from jax.experimental import jax2tf
 
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), lapack.absent():
         return tuple(jax2tf.convert(function, with_gradient=False)(*tensors))
 
 
