@@ -79,6 +79,7 @@ def _erf(name, a, b, c):
         {"a": a, "b": b, "c": c},
         lambda x: a * mpmath.erf(b * x) + c,
         lambda x: 2 * a * b / mpmath.sqrt(mp.pi) * mpmath.exp(-((b * x) ** 2)),
+        carries_gap=True,
     )
 
 

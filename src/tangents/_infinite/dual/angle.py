@@ -90,6 +90,26 @@ def poles(cov12: Array, s: Array, gap12: Array) -> tuple[Array, Array]:
     return jnp.where(negative, 2 * s - gap12, gap12), jnp.where(negative, gap12, 2 * s - gap12)
 
 
+def affine_gap(
+    cov12: Array, gap12: Array, var1: Array, var2: Array, weight: Array, bias: Array | None
+) -> Array:
+    """The gap after K' = weight K + bias (the squares of W_std and b_std). A bias adds
+
+    sqrt(v1' v2') - weight sqrt(v1 v2) - bias
+        = weight bias (sqrt v1 - sqrt v2)^2 / (sqrt(v1' v2') + weight sqrt(v1 v2) + bias).
+    """
+    if bias is None:
+        return weight * gap12
+    root1, root2 = safe_sqrt(var1), safe_sqrt(var2)
+    s = root1 * root2
+    after = safe_sqrt(weight * var1 + bias) * safe_sqrt(weight * var2 + bias)
+    total = after + weight * s + bias
+    widened = weight * bias * (root1 - root2) ** 2 * reciprocal(total)
+    to_equal, to_opposite = poles(cov12, s, gap12)
+    opposite = weight * cov12 + bias < 0
+    return widened + jnp.where(opposite, weight * to_opposite + 2 * bias, weight * to_equal)
+
+
 def relative_gap(var1: Array, var2: Array, gap12: Array) -> Array:
     """1 - |cos(theta)| = gap12 / s in [0, 1], and 1 (uncorrelated) where a variance is 0."""
     # Roots and reciprocals of the sides, which are small; of the tile a product is left.

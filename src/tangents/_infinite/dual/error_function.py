@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from tangents._core.typing import Array
-from tangents._infinite.dual.angle import sine_squared
+from tangents._infinite.dual.angle import affine_gap, norm, reciprocal, safe_sqrt, sine_squared
 from tangents._infinite.dual.form import Dual, DualKernel
 from tangents._infinite.dual.single_precision import arcsine_of_legs, is_single
 
@@ -76,14 +76,56 @@ def _erf_dual(hyper, cov12, var1, var2, gap12=None) -> Dual:
     pair = damped(k, cov12, var1, var2, gap12)
     scale = a * a * (2 / math.pi)
     slope = k * jnp.sqrt(pair.rest1) * jnp.sqrt(pair.rest2) / pair.sine
-    return Dual(scale * pair.arcsine + c * c, scale * slope)
+    odd = scale * pair.arcsine
+    gap = None
+    if gap12 is not None:
+        own1, own2 = (scale * _own_arcsine(k, v) for v in (var1, var2))
+        gap = scale * _arcsine_gap(k, pair, gap12, var1, var2)
+        gap = affine_gap(odd, gap, own1, own2, jnp.ones_like(scale), c * c)
+    return Dual(odd + c * c, scale * slope, gap)
+
+
+def _own_arcsine(k, var: Array) -> Array:
+    """arcsin(t), t = k var / (1 + k var)."""
+    rest = 1 / (1 + k * var)
+    return _arcsine(k * var * rest, jnp.sqrt(rest * (2 - rest)))
+
+
+def _arcsine_gap(k, pair: Damped, gap12: Array, var1: Array, var2: Array) -> Array:
+    """sqrt(arcsin(t_1) arcsin(t_2)) - |arcsin(rho')|, in which nothing cancels.
+
+    With m = sqrt(t_1 t_2), the correlation of parallel inputs, m - |rho'| = k sqrt(q_1 q_2) gap12,
+    and differences of arcsines are arcsines: of m and rho' (another direction), and of t_1, m and
+    t_2 (another norm), where sqrt(a_1 a_2) - a_m = (a_m (d_1 - d_2) - d_1 d_2) / (sqrt(a_1 a_2) +
+    a_m) with d_1 = a_1 - a_m, d_2 = a_m - a_2.
+    """
+    q1, q2 = pair.rest1, pair.rest2
+    t1, t2 = k * var1 * q1, k * var2 * q2
+    mean = norm(t1, t2)
+    # cos of the arcsines of t_1, t_2 and m.
+    cos1, cos2, cos_mean = jnp.sqrt(q1 * (2 - q1)), jnp.sqrt(q2 * (2 - q2)), jnp.sqrt(q1 + t1 * q2)
+    root = jnp.sqrt(q1) * jnp.sqrt(q2)
+    size = jnp.abs(pair.cosine)
+    turned = k * root * gap12 * (mean + size) * reciprocal(mean * pair.sine + size * cos_mean)
+    change = k * (var1 - var2) * q1 * q2  # t_1 - t_2
+    d1 = _difference(change * t1 * reciprocal(t1 * cos_mean + mean * cos1))
+    d2 = _difference(change * t2 * reciprocal(t2 * cos_mean + mean * cos2))
+    middle = _arcsine(mean, cos_mean)
+    ends = norm(_own_arcsine(k, var1), _own_arcsine(k, var2))
+    wider = (middle * (d1 - d2) - d1 * d2) * reciprocal(ends + middle)
+    return jnp.maximum(_difference(turned) + wider, 0)
+
+
+def _difference(sine: Array) -> Array:
+    """The angle in [-pi/2, pi/2] of this sine."""
+    return _arcsine(sine, safe_sqrt((1 - sine) * (1 + sine)))
 
 
 def _erf_diagonal(hyper, var: Array) -> Array:
     return _erf_dual(hyper, var, var, var).nngp
 
 
-ERF = DualKernel(_erf, _erf_dual, _erf_diagonal)
+ERF = DualKernel(_erf, _erf_dual, _erf_diagonal, carries_gap=True)
 """`hyper = {"a", "b", "c"}`: E = 2 a^2/pi arcsin(2 b^2 cov12 / sqrt((1 + 2 b^2 var1)(1 + 2 b^2
 var2))) + c^2 (Williams 1996, eq. 11)."""
 

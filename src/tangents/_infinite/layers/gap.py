@@ -7,10 +7,8 @@ v' = mean_t v_t, and with a_t = sqrt(v1_t), b_t = sqrt(v2_t)
     D = sqrt(v1' v2') - mean_t a_t b_t
       = sqrt(v1' v2') / 2 mean_t (a_t / sqrt v1' - b_t / sqrt v2')^2,
 
-the deficit of Cauchy and Schwarz, never negative and without cancellation. A bias adds
-
-    sqrt(v1' v2') - W^2 sqrt(v1 v2) - b^2
-        = W^2 b^2 (sqrt v1 - sqrt v2)^2 / (sqrt(v1' v2') + W^2 sqrt(v1 v2) + b^2).
+the deficit of Cauchy and Schwarz, never negative and without cancellation. A sum of branches is
+such an average without the division. Weights and biases: `dual.angle.affine_gap`.
 
 The gap is to the nearer pole (equal or opposite), so every step keeps the distances to both,
 s - K and s + K, and the sign of the result says which one counts.
@@ -71,17 +69,18 @@ def average_over_positions(
     return jnp.where(jnp.mean(cov12, axes) < 0, far, near) + deficit
 
 
-def affine_gap(
-    cov12: Array, gap12: Array, var1: Array, var2: Array, weight: Array, bias: Array | None
-) -> Array:
-    """The gap after K' = weight K + bias (the squares of W_std and b_std)."""
-    if bias is None:
-        return weight * gap12
-    root1, root2 = safe_sqrt(var1), safe_sqrt(var2)
-    s = root1 * root2
-    after = safe_sqrt(weight * var1 + bias) * safe_sqrt(weight * var2 + bias)
-    total = after + weight * s + bias
-    widened = weight * bias * (root1 - root2) ** 2 * reciprocal(total)
-    to_equal, to_opposite = poles(cov12, s, gap12)
-    opposite = weight * cov12 + bias < 0
-    return widened + jnp.where(opposite, weight * to_opposite + 2 * bias, weight * to_equal)
+def gap_of_sum(cov12s: Sequence[Array], gap12s: Sequence[Array], variances: Sequence) -> Array:
+    """The gap of K_1 + K_2 + ...; variances: `(var1, var2)` of each."""
+    sums = [sum(each[1:], start=each[0]) for each in zip(*variances, strict=True)]
+    root1, root2 = (safe_sqrt(v) for v in sums)
+    inverse1, inverse2 = reciprocal(root1), reciprocal(root2)
+    near, far, deficit = [], [], []
+    for cov12, gap12, (var1, var2) in zip(cov12s, gap12s, variances, strict=True):
+        a, b = safe_sqrt(var1), safe_sqrt(var2)
+        to_equal, to_opposite = poles(cov12, a * b, gap12)
+        near.append(to_equal)
+        far.append(to_opposite)
+        deficit.append((a * inverse1 - b * inverse2) ** 2)
+    near, far, deficit = (sum(terms[1:], start=terms[0]) for terms in (near, far, deficit))
+    total = sum(cov12s[1:], start=cov12s[0])
+    return jnp.where(total < 0, far, near) + root1 * root2 * deficit / 2

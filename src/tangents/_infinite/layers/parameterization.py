@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tangents._infinite.layers.gap import affine_gap
+from tangents._infinite.dual.angle import affine_gap
 from tangents._infinite.tile import Tile
 
 
