@@ -31,7 +31,7 @@ from tangents._infinite.segments import (
     record,
     through,
 )
-from tangents._infinite.tile import Layout, Need, Tile
+from tangents._infinite.tile import Layout, Need, Tile, add_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +74,11 @@ def _from_inputs(network: Network, x1: jax.Array, x2: jax.Array, want_ntk: bool)
     each2 = [arrange(x2[..., c], axes, 2) for c in range(channels)]
 
     def source(axes, offset):
-        total = None
-        for a, b in zip(each1, each2, strict=True):
-            b = b if offset is None else at_offset(b, offset, axes[0].scale, axes[0].modulus)
-            total = a * b if total is None else total + a * b
-        return Tile(total / channels, ntk)
+        def second(b):
+            return b if offset is None else at_offset(b, offset, axes[0].scale, axes[0].modulus)
+
+        products = (a * second(b) for a, b in zip(each1, each2, strict=True))
+        return Tile(add_up(products) / channels, ntk)
 
     return source
 
@@ -201,7 +201,7 @@ def _moments(x1: jax.Array, x2: jax.Array, known: Any, want_gap: bool) -> tuple[
     def total(fn):
         if channels > _UNROLLED:
             return jnp.sum(fn(a, b), axis=0)
-        return sum(fn(u, v) for u, v in zip(a, b, strict=True))
+        return add_up(fn(u, v) for u, v in zip(a, b, strict=True))
 
     cov12 = total(lambda u, v: u * v) / channels
     if not want_gap:

@@ -40,7 +40,7 @@ class State:
     planes: which offsets the tile holds, in the layout PLANES.
     """
 
-    tile: Tile
+    tile: Any
     side1: Any
     side2: Any
     mask1: Any
@@ -216,7 +216,7 @@ def step(node: Node, state: Any, need: Need, patterns: tuple[Any, Any]) -> Any:
             sides[k - 1] = _remask(out, position, position, side_layout, first.side_pairs)
 
     layout = node.out_layout(first.layout, need.tile)
-    tile = None
+    tile: Any = None
     if first.tile is not None:
         tile = _tile_rule(node, contexts, states, need, pick)
         tile = Tile(*(_remask(a, position1, position2, layout, True) for a in tile))
@@ -376,8 +376,9 @@ def _run_repeat(node: Repeat, state, need, patterns, kwargs, tape):
         with at(node.place):
             part = None if tape is None else Tape(tape.keep, entries)
             after = run(node.node, state, need, patterns, kwargs, part)
-            recording = part is not None and not part.playing
-            return after, tuple(part.entries) if recording else None
+            if part is None or part.playing:
+                return after, None
+            return after, tuple(part.entries)
 
     while turns > 0:
         before = jax.tree.structure(state), jax.tree.map(jnp.shape, state)

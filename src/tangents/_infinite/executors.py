@@ -241,7 +241,8 @@ _MANY_CHANNELS = 8
 def _planes_program(node, plan, signal, group, arrays):
     x1, x2, x1_is_x2, index = arrays
     order = (signal.batch_axis, *signal.spatial_axes, signal.channel_axis)
-    x1, x2 = (x if x is None else jnp.transpose(canonical(x), order) for x in (x1, x2))
+    x1 = jnp.transpose(canonical(x1), order)
+    x2 = None if x2 is None else jnp.transpose(canonical(x2), order)
     cut = segments(node, signal)
     all_moduli = moduli(cut)
     carries = plan.want_gap and cut[0].only_equal()

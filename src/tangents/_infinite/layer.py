@@ -6,8 +6,9 @@ layers and plain triples alike. `kernel_fn` is a callable that owns its graph.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -22,6 +23,7 @@ from tangents._infinite.graph import Node, any_node, first_axes, walk
 from tangents._infinite.inputs import check_inputs, collapse_mask
 from tangents._infinite.kernel import Kernel, from_state, to_state
 from tangents._infinite.masking import join_masks, split_masks
+from tangents._infinite.near import near_pairs, refined
 from tangents._infinite.planner import (
     Plan,
     cast_hyperparameters,
@@ -30,6 +32,7 @@ from tangents._infinite.planner import (
     describe,
     explanation,
     input_signals,
+    loses_digits,
     make_plan,
 )
 from tangents._infinite.tile import Layout, Need
@@ -140,6 +143,8 @@ class KernelFn:
         computed anyway.
       memory: bytes (or text such as '2GiB') that the computation may use; default half of what is
         free. Examples are split into tiles to stay within it.
+      progress: shows how many of these tiles are done: a function from an iterable to an iterable,
+        such as `tqdm.tqdm`. Not under tracing.
       **kwargs: handed to user-written layers.
 
     Returns:
@@ -148,6 +153,10 @@ class KernelFn:
     Inputs are converted to the canonical floating-point type. Works under `jit`, `vmap`, `grad`,
     in inputs and hyperparameters. Where two inputs are equal, kernels of ReLU-like networks have a
     cusp; the gradient there is the symmetric subgradient.
+
+    In single precision, networks that mix positions (pooling, attention) lose half of the digits at
+    pairs of nearly parallel inputs: outside of `jit` and `grad` these pairs are computed again in
+    float64, at several times their cost.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -190,6 +199,7 @@ class KernelFn:
         diagonal_batch: bool | None = None,
         diagonal_spatial: bool | None = None,
         memory: Any = None,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
         **kwargs: Any,
     ) -> Any:
         names = canonical_get(get)
@@ -210,7 +220,9 @@ class KernelFn:
             x1 = check_inputs(x1, "x1")
             x2 = None if x2 is None else check_inputs(x2, "x2")
             plan = make_plan(self.node, x1, want_ntk, want_sides, diagonal_batch, diagonal_spatial)
-            result = self._from_inputs(plan, x1, x2, pattern, mask_constant, memory, kwargs)
+            result = self._from_inputs(
+                plan, x1, x2, pattern, mask_constant, memory, progress, kwargs
+            )
         return choose(result, names)
 
     def _from_kernel(self, kernel, want_ntk, want_sides, pattern, diagonal_spatial, kwargs):
@@ -224,7 +236,7 @@ class KernelFn:
         state = run(node, to_state(kernel), need, _pattern_pair(pattern), _extra(kwargs, pattern))
         return from_state(state, leaf.x1_is_x2, want_ntk)
 
-    def _from_inputs(self, plan: Plan, x1, x2, pattern, mask_constant, memory, kwargs):
+    def _from_inputs(self, plan: Plan, x1, x2, pattern, mask_constant, memory, progress, kwargs):
         check_batch_axes(plan)
         patterns = _pattern_pair(pattern)
         equal = same_inputs(x1, x2)
@@ -238,7 +250,7 @@ class KernelFn:
         n1, n2 = _batch_sizes(plan, x1, x1 if x2 is None else x2)
         sides = ((x1, mask1, patterns[0]), (x2, mask2, patterns[1]))
 
-        def tile(i1, i2, one_block):
+        def tile(i1, i2, one_block, node=node):
             (a, m1, p1), (b, m2, p2) = sides
             if i1 is not None:
                 a, m1, p1 = _take(a, m1, p1, i1, plan.axes)
@@ -263,10 +275,19 @@ class KernelFn:
         if memory is None and tracing:
             return _without_second_side(tile(None, None, False), symmetric)
         sizes = self._tile_sizes(node, plan, x1, n1, n2, memory)
+        one_batch = symmetric and x2 is None
         if sizes is None or sizes == (n1, n2):
-            return _without_second_side(tile(None, None, False), symmetric)
-        run_tiles = traced_tiles if tracing else eager_tiles
-        return run_tiles(tile, n1, n2, sizes[0], sizes[1], symmetric and x2 is None)
+            result = _without_second_side(tile(None, None, False), symmetric)
+        elif tracing:
+            return traced_tiles(tile, n1, n2, sizes[0], sizes[1], one_batch)
+        else:
+            result = eager_tiles(tile, n1, n2, sizes[0], sizes[1], one_batch, progress)
+        if tracing or sizes is None or not loses_digits(plan, input_signals(plan, x1)):
+            return result
+        near = near_pairs(x1, x2, plan.axes, bool(equal))
+        with jax.enable_x64(True):
+            wide = functools.partial(tile, node=cast_hyperparameters(self.node))
+        return refined(result, near, one_batch, max(min(sizes) // 2, 1), wide)
 
     def _tile_sizes(self, node, plan: Plan, x1, n1: int, n2: int, memory) -> Any:
         """Tile sizes for the budget, or None where examples cannot be taken apart."""

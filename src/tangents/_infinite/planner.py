@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from tangents._core.memory import format_bytes
+from tangents._infinite.dual.single_precision import is_single
 from tangents._infinite.executors import Request, choose
 from tangents._infinite.graph import Node, any_node, first_axes, join_needs
 from tangents._infinite.inputs import TOKENS, PerInput, warn_batch_axis
@@ -142,6 +143,14 @@ def batch_sizes(plan: Plan, x1: Any, x2: Any) -> tuple[int, int]:
     while isinstance(x1, list):
         x1, x2, axes = x1[0], x2[0], axes[0]
     return x1.shape[axes[0]], x2.shape[axes[0]]
+
+
+def loses_digits(plan: Plan, signals: Any) -> bool:
+    """Does single precision lose digits that no gap carries: are positions mixed (`near.py`)?"""
+    if isinstance(signals, list):
+        return any(loses_digits(plan, s) for s in signals)
+    mixed = join_needs(plan.input_need).tile == Layout.FULL
+    return mixed and bool(signals.spatial) and is_single(jnp.zeros(()))
 
 
 def cast_hyperparameters(node: Node) -> Node:

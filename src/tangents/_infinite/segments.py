@@ -59,7 +59,7 @@ class Segment:
     """
 
     nodes: tuple[Node, ...]
-    close: Node | None
+    close: Any
     before: Signal
     after: Signal
     start: int
@@ -68,8 +68,9 @@ class Segment:
     @property
     def walked(self) -> Serial:
         """The layers that the walk passes: Flatten keeps to offset 0."""
-        closing = (self.close,) if _closing(self.close) == "flatten" else ()
-        return Serial((*self.nodes, *closing), self.start)
+        if self.close is None or _closing(self.close) != "flatten":
+            return Serial(self.nodes, self.start)
+        return Serial((*self.nodes, self.close), self.start)
 
     def only_equal(self) -> bool:
         """Is offset 0 all that is needed?"""

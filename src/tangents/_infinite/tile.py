@@ -14,12 +14,19 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Sequence
+import functools
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+
+def add_up(arrays: Iterable[jax.Array]) -> jax.Array:
+    """Their sum, at least one; without the 0 that `sum` starts from."""
+    return functools.reduce(operator.add, arrays)
 
 
 class Layout(enum.IntEnum):

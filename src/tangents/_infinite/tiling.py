@@ -186,19 +186,19 @@ def _each_output(results: list[list[Any]], join: Callable[[list[list[Kernel]]], 
 Tile = Callable[[Any, Any, bool], Any]
 
 
-def eager_tiles(tile: Tile, n1: int, n2: int, t1: int, t2: int, symmetric: bool) -> Any:
+def eager_tiles(
+    tile: Tile, n1: int, n2: int, t1: int, t2: int, symmetric: bool, progress: Any = None
+) -> Any:
     """Tiles one after another; `tile(examples of x1, examples of x2, are they one block)`."""
     if symmetric:
         t2 = t1
     rows = [np.arange(s.start, s.stop) for s in chunks(n1, t1)]
     columns = rows if symmetric else [np.arange(s.start, s.stop) for s in chunks(n2, t2)]
-    grid = [
-        [
-            None if symmetric and j < i else tile(a, b, symmetric and i == j)
-            for j, b in enumerate(columns)
-        ]
-        for i, a in enumerate(rows)
-    ]
+    grid: list[list[Any]] = [[None] * len(columns) for _ in rows]
+    places = [(i, j) for i in range(len(rows)) for j in range(len(columns))]
+    places = [(i, j) for i, j in places if not (symmetric and j < i)]
+    for i, j in places if progress is None else progress(places):
+        grid[i][j] = tile(rows[i], columns[j], symmetric and i == j)
     return _each_output(grid, lambda g: _assemble(g, symmetric, n1, n2))
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from tangents._infinite.graph import Node, join_needs, node
 from tangents._infinite.layer import Layer
 from tangents._infinite.layers.gap import gap_of_sum
-from tangents._infinite.tile import Layout, Tile
+from tangents._infinite.tile import Layout, Tile, add_up
 
 
 @node
@@ -153,11 +153,10 @@ class FanInSumNode(_EntryWise):
     def rule(self, context: Any, tile: Any) -> Tile:
         ntks = [t.ntk for t in tile]
         cov12s = [t.cov12 for t in tile]
-        cov12 = sum(cov12s[1:], start=cov12s[0])
         gap12 = None
         if all(c.carries(t) for c, t in zip(context, tile, strict=True)):
             gap12 = gap_of_sum(cov12s, [t.gap12 for t in tile], [c.variances for c in context])
-        return Tile(cov12, None if ntks[0] is None else sum(ntks[1:], start=ntks[0]), gap12)
+        return Tile(add_up(cov12s), None if ntks[0] is None else add_up(ntks), gap12)
 
 
 def FanInSum() -> Layer:

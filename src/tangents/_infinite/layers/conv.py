@@ -198,8 +198,10 @@ class ConvNode(Node):
 
         averaged, variances = tile.linear(average), None
         if context.carries(tile):  # at offset 0
-            arrays = (tile.cov12, tile.gap12, *context.variances)
-            _, gap12, *variances = average_over_windows(*arrays, range(len(ws)), ws)
+            var1, var2 = context.variances
+            _, gap12, *variances = average_over_windows(
+                tile.cov12, tile.gap12, var1, var2, range(len(ws)), ws
+            )
             averaged = averaged._replace(gap12=gap12)
         return self._affine(context, averaged, variances)
 

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 
+from tangents._core.typing import Array
 from tangents._infinite.barrier import keep_apart
 from tangents._infinite.dual.angle import poles, reciprocal, safe_sqrt
 from tangents._infinite.layers.window import Window, extended_all, taps
-
-Array = jax.Array
+from tangents._infinite.tile import add_up
 
 
 def average_over_windows(
@@ -39,7 +38,7 @@ def average_over_windows(
             return taps(a, axis, w)
 
         roots1, roots2 = parts(safe_sqrt(var1)), parts(safe_sqrt(var2))
-        var1, var2 = (sum(parts(v)) / w.size for v in (var1, var2))
+        var1, var2 = (add_up(parts(v)) / w.size for v in (var1, var2))
         inverse1, inverse2 = reciprocal(safe_sqrt(var1)), reciprocal(safe_sqrt(var2))
         near = far = deficit = jnp.zeros((), cov12.dtype)
         for c, gap, a, b in zip(parts(cov12), parts(gap12), roots1, roots2, strict=True):
@@ -47,7 +46,7 @@ def average_over_windows(
             near, far = near + to_equal, far + to_opposite
             difference = a * inverse1 - b * inverse2
             deficit = deficit + difference * difference
-        cov12 = sum(parts(cov12)) / w.size
+        cov12 = add_up(parts(cov12)) / w.size
         deficit = safe_sqrt(var1) * safe_sqrt(var2) * deficit / (2 * w.size)
         gap12 = jnp.where(cov12 < 0, far, near) / w.size + deficit
         # An axis reads each entry of the one before as often as it has taps.
@@ -71,8 +70,7 @@ def average_over_positions(
 
 def gap_of_sum(cov12s: Sequence[Array], gap12s: Sequence[Array], variances: Sequence) -> Array:
     """The gap of K_1 + K_2 + ...; variances: `(var1, var2)` of each."""
-    sums = [sum(each[1:], start=each[0]) for each in zip(*variances, strict=True)]
-    root1, root2 = (safe_sqrt(v) for v in sums)
+    root1, root2 = (safe_sqrt(add_up(each)) for each in zip(*variances, strict=True))
     inverse1, inverse2 = reciprocal(root1), reciprocal(root2)
     near, far, deficit = [], [], []
     for cov12, gap12, (var1, var2) in zip(cov12s, gap12s, variances, strict=True):
@@ -81,6 +79,5 @@ def gap_of_sum(cov12s: Sequence[Array], gap12s: Sequence[Array], variances: Sequ
         near.append(to_equal)
         far.append(to_opposite)
         deficit.append((a * inverse1 - b * inverse2) ** 2)
-    near, far, deficit = (sum(terms[1:], start=terms[0]) for terms in (near, far, deficit))
-    total = sum(cov12s[1:], start=cov12s[0])
-    return jnp.where(total < 0, far, near) + root1 * root2 * deficit / 2
+    near, far, deficit = (add_up(terms) for terms in (near, far, deficit))
+    return jnp.where(add_up(cov12s) < 0, far, near) + root1 * root2 * deficit / 2

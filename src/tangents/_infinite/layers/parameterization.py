@@ -106,7 +106,9 @@ def affine_rule(
     if bias is not None:
         cov12 = cov12 + bias
     if gap12 is not None:
-        carried = variances is not None and bias_where is None
+        if variances is None or bias_where is not None:
+            return Tile(cov12, ntk)
+        var1, var2 = variances
         weight = jnp.asarray(W_std**2, mean.dtype)
-        gap12 = affine_gap(mean, gap12, *variances, weight, bias) if carried else None
+        gap12 = affine_gap(mean, gap12, var1, var2, weight, bias)
     return Tile(cov12, ntk, gap12)
