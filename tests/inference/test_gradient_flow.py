@@ -69,6 +69,20 @@ def test_start_and_limit(close):
         close(predict_fn(t, f, ft, k_td)[1], test, 100)
 
 
+def test_small_eigenvalues_count_at_infinity():
+    # In float32 below n ε λ_max, the bound of rounding for the worst case, and above what it is.
+    n = 200
+    rng = np.random.default_rng(2)
+    basis, _ = np.linalg.qr(np.concatenate([np.ones((n, 1)), rng.normal(size=(n, n - 1))], axis=1))
+    values = np.full(n, 6e-4)
+    values[0] = 100
+    k = jnp.asarray((basis * values) @ basis.T)
+    y = jnp.asarray(basis[:, 1:2])
+    predict_fn = predict.gradient_descent_mse(k, y)
+    np.testing.assert_allclose(predict_fn(jnp.inf, None, 0.0, k), y, atol=0.02)
+    np.testing.assert_allclose(predict_fn(None, None, 0.0, k), y, atol=0.02)
+
+
 def test_learning_rate_is_a_unit_of_time(close):
     k, _, _, y, f, _ = problem()
     close(

@@ -82,6 +82,30 @@ def test_scale_and_ridge_are_maxima(data):
     assert float(chosen.ridge) in (np.asarray(0.3, k.dtype), np.asarray(5.0, k.dtype))
 
 
+@pytest.mark.parametrize("criterion", ["marginal-likelihood", "leave-one-out"])
+def test_small_noise_beside_a_large_eigenvalue(criterion):
+    # Rounding in float32 as bounded for the worst case, n ε λ_max, is far above the best ridge.
+    rng = np.random.default_rng(4)
+    x = np.sort(rng.uniform(-1, 1, size=200))
+    k = 30 + np.exp(-3 * np.abs(x[:, None] - x))
+    y = np.sin(9 * x) + 0.03 * rng.normal(size=len(x))
+    fit = tangents.fit_kernel_regression(jnp.asarray(k), jnp.asarray(y), criterion)
+
+    def loss(ridge):
+        inverse = np.linalg.inv(k + ridge * np.eye(len(x)))
+        solved = inverse @ y
+        if criterion == "leave-one-out":
+            return np.mean((solved / inverse.diagonal()) ** 2)
+        return (len(x) * np.log(y @ solved) - np.linalg.slogdet(inverse)[1]) / 2
+
+    ridges = np.geomspace(1e-6, 1, 200)
+    losses = [loss(r) for r in ridges]
+    bound = len(x) * np.finfo(np.float32).eps * np.linalg.eigvalsh(k)[-1]
+    assert ridges[np.argmin(losses)] < bound / 2
+    # A tenth of a nat, or half a percent of the error.
+    assert loss(float(fit.ridge)) < min(losses) + 5e-3 * abs(min(losses))
+
+
 def test_predictions_are_the_posterior(data, rtol):
     x, y, xt = data
     k, k_td, k_tt = kernel(x, x), kernel(xt, x), kernel(xt, xt)

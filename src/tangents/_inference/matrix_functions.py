@@ -37,9 +37,14 @@ from tangents._core.typing import Array
 
 
 def null_tolerance(eigenvalues: Array) -> Array:
-    """Eigenvalues at or below this are zero as far as rounding lets one tell: n ε λ_max."""
-    eps = jnp.finfo(eigenvalues.dtype).eps
-    return eigenvalues.shape[-1] * eps * jnp.max(jnp.abs(eigenvalues))
+    """Eigenvalues at or below this are zero as far as rounding lets one tell: min(n, 16) ε λ_max.
+
+    The worst-case bound n ε λ_max would count real eigenvalues of float32 kernels of thousands of
+    rows as zero. Measured errors of symmetric eigensolvers stay below 5 ε λ_max up to n = 1500,
+    also for kernels of rank n / 2.
+    """
+    eps = min(eigenvalues.shape[-1], 16) * jnp.finfo(eigenvalues.dtype).eps
+    return eps * jnp.max(jnp.abs(eigenvalues))
 
 
 def risen(eigenvalues: Array, t: Array, size: int) -> Array:

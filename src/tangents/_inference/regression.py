@@ -11,17 +11,21 @@ With A = K + ρ I = U (Λ + ρ) Uᵀ and targets y ~ N(0, s A) (n examples, c ou
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tangents._core.precision import DEFAULT as HIGHEST
 from tangents._core.typing import Array
+from tangents._inference import lapack
 from tangents._inference.gaussian_process import Gaussian
-from tangents._inference.layout import as_matrix_argument, floating, matrix
+from tangents._inference.layout import as_matrix_argument, floating, is_concrete, matrix
 from tangents._inference.matrix_functions import null_tolerance
+from tangents._scale.host_array import taken_over
 
 CRITERIA = ("leave-one-out", "marginal-likelihood")
 
@@ -51,9 +55,10 @@ class KernelRegression:
         weights: A⁻¹ y, (n, c): the mean prediction is K_test,train · weights.
         ridge: ρ, the noise variance in units of the scale.
         scale: s; predictive variances are multiples of it.
-        eigenvalues: of K, ascending.
+        eigenvalues: of K, ascending; exactly 0 where they are zero to rounding.
         eigenvectors: of K, in columns.
-        log_marginal_likelihood: of the targets at this ridge and scale.
+        log_marginal_likelihood: of the targets at this ridge and scale; NaN if K + ρ I is not
+            positive definite.
         leave_one_out_error: mean squared leave-one-out residual.
         targets_shape: shape of one example's targets.
     """
@@ -115,8 +120,10 @@ def fit_kernel_regression(
     r"""Fit kernel ridge regression, or equally the posterior of a Gaussian process.
 
     One eigendecomposition serves every ridge: leave-one-out errors and evidence are closed forms in
-    it, evaluated on a grid that is refined once around its best point. It may run under `jit`,
-    `vmap` and, in the targets, `grad`.
+    it, evaluated on a grid that is refined twice around its best point. It may run under `jit`,
+    `vmap` and, in the targets, `grad`. Concrete float32 kernels on a CPU are decomposed in float64,
+    where small ridges keep their meaning; elsewhere no ridge below 16 ε λ_max is chosen in the
+    precision of the kernel (2e-6 λ_max in float32).
 
     Args:
         k_train_train: (n, n); or with all outputs in pairs, (n, n, c, c).
@@ -145,36 +152,70 @@ def fit_kernel_regression(
     caller = "fit_kernel_regression"
     k, y = as_system(k_train_train, y_train, caller=caller)
     shape = jnp.shape(y_train)[1:] if jnp.shape(y_train)[0] == k.shape[0] else ()
-    values, vectors = jnp.linalg.eigh(k)
-    inside = jnp.matmul(vectors.T, y, precision=HIGHEST)
-    fixed = scale
-    if isinstance(ridge, str):
-        if ridge not in CRITERIA:
-            raise ValueError(
-                f"{caller}: ridge={ridge!r} is not a number, {CRITERIA[0]!r} or {CRITERIA[1]!r}."
-            )
-        chosen = _choose(ridge, values, vectors, inside, ridges, fixed)
+    if isinstance(ridge, str) and ridge not in CRITERIA:
+        raise ValueError(
+            f"{caller}: ridge={ridge!r} is not a number, {CRITERIA[0]!r} or {CRITERIA[1]!r}."
+        )
+    criterion = ridge if isinstance(ridge, str) else ""
+    if not criterion:
+        ridges = jnp.asarray(ridge, k.dtype)
+        scale = 1.0 if scale is None else scale
+    fitted: Any = _fitted(criterion, *_eigen(k), y, ridges, scale)
+    return KernelRegression(*fitted, targets_shape=tuple(shape))
+
+
+def _eigen(k: Array) -> tuple[Array, Array, Array]:
+    """Eigenvalues of K, its eigenvectors, and the size below which the values are rounding.
+
+    Of a concrete float32 matrix in float64: errors of float32 eigenvalues, some ε λ_max, are larger
+    than the noise of many data. The rounding of its entries remains, which is spread over all
+    eigenvalues (‖E‖ ≈ ε ‖K‖_F / √n for independent errors; sixteen times that is allowed for).
+    """
+    if is_concrete(k) and all(d.platform == "cpu" for d in k.devices()):
+        values, vectors = lapack.eigh(np.asarray(k).astype(np.float64, copy=False))
+        if k.dtype != jnp.float64:
+            eps = float(jnp.finfo(k.dtype).eps)
+            tolerance = 16 * eps * float(np.linalg.norm(values)) / np.sqrt(len(values))
+            narrow = lambda part: jnp.asarray(np.asarray(part, k.dtype))
+            return narrow(values), narrow(vectors), narrow(tolerance)
+        values, vectors = jnp.asarray(values), taken_over(vectors)
     else:
-        chosen = jnp.asarray(ridge, k.dtype)
-        fixed = 1.0 if scale is None else scale
-    evidence, best_scale = _evidence(values, inside, chosen, fixed)
-    errors = _leave_one_out(values, vectors, inside, chosen)[0]
-    weights = jnp.matmul(vectors, _inverse(values, chosen)[:, None] * inside, precision=HIGHEST)
-    return KernelRegression(
-        weights, chosen, best_scale, values, vectors, evidence, jnp.mean(errors**2), tuple(shape)
-    )
+        values, vectors = jnp.linalg.eigh(k)
+    return values, vectors, null_tolerance(values)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fitted(
+    criterion: str,
+    values: Array,
+    vectors: Array,
+    rounding: Array,
+    y: Array,
+    ridges: Any,
+    scale: Any,
+) -> tuple[Array, ...]:
+    """The fields of a `KernelRegression`; `ridges` are candidates, or the ridge if no criterion."""
+    values = jnp.where(jnp.abs(values) <= rounding, 0, values)
+    inside = jnp.matmul(vectors.T, y, precision=HIGHEST)
+    ridge = ridges
+    if criterion:
+        ridge = _choose(criterion, values, vectors, rounding, inside, ridges, scale)
+    evidence, scale = _evidence(values, inside, ridge, scale)
+    errors = _leave_one_out(values, vectors, inside, ridge)[0]
+    weights = jnp.matmul(vectors, _inverse(values, ridge)[:, None] * inside, precision=HIGHEST)
+    return weights, ridge, scale, values, vectors, evidence, jnp.mean(errors**2)
 
 
 def _inverse(values: Array, ridge: Array) -> Array:
-    """1 / (λ + ρ), and 0 where that is zero to rounding."""
+    """1 / (λ + ρ), and 0 where that is not positive."""
     shifted = values + ridge
-    null = shifted <= null_tolerance(values)
-    return jnp.where(null, 0, 1 / jnp.where(null, 1, shifted))
+    return jnp.where(shifted > 0, 1 / jnp.where(shifted > 0, shifted, 1), 0)
 
 
 def _evidence(values: Array, inside: Array, ridge: Array, scale: Any) -> tuple[Array, Array]:
     n, c = inside.shape
-    shifted = jnp.maximum(values + ridge, null_tolerance(values))
+    shifted = values + ridge
+    shifted = jnp.where(shifted > 0, shifted, jnp.nan)
     fit = jnp.sum(inside**2 / shifted[:, None])
     s = fit / (n * c) if scale is None else jnp.asarray(scale, values.dtype)
     logdet = jnp.sum(jnp.log(shifted)) + n * jnp.log(s)
@@ -189,7 +230,7 @@ def _leave_one_out(values, vectors, inside, ridge) -> tuple[Array, Array]:
     return solved / diagonal[:, None], diagonal
 
 
-def _choose(criterion: str, values, vectors, inside, ridges, scale) -> Array:
+def _choose(criterion: str, values, vectors, rounding, inside, ridges, scale) -> Array:
     def loss(ridge: Array) -> Array:
         if criterion == "marginal-likelihood":
             return -_evidence(values, inside, ridge, scale)[0]
@@ -205,11 +246,12 @@ def _choose(criterion: str, values, vectors, inside, ridges, scale) -> Array:
         return grid[best(grid)]
     grid = mean * jnp.logspace(-8, 2, 61, dtype=values.dtype)
     # Ridges below the rounding of the eigenvalues fit rounding errors.
-    grid = jnp.maximum(grid, null_tolerance(values))
-    place = best(grid)
-    low, high = grid[jnp.maximum(place - 1, 0)], grid[jnp.minimum(place + 1, 60)]
-    fine = low * (high / low) ** jnp.linspace(0, 1, 21, dtype=values.dtype)
-    return fine[best(fine)]
+    grid = jnp.maximum(grid, rounding)
+    for _ in range(2):
+        place, last = best(grid), len(grid) - 1
+        low, high = grid[jnp.maximum(place - 1, 0)], grid[jnp.minimum(place + 1, last)]
+        grid = low * (high / low) ** jnp.linspace(0, 1, 21, dtype=values.dtype)
+    return grid[best(grid)]
 
 
 def leave_one_out(
@@ -235,7 +277,7 @@ def leave_one_out(
         ((3,), (3,))
     """
     k, y = as_system(k_train_train, y_train, caller="leave_one_out")
-    values, vectors = jnp.linalg.eigh(k)
+    values, vectors, _ = _eigen(k)
     inside = jnp.matmul(vectors.T, y, precision=HIGHEST)
     errors, diagonal = _leave_one_out(values, vectors, inside, jnp.asarray(ridge, k.dtype))
     return (y - errors).reshape(jnp.shape(y_train)), 1 / diagonal - ridge
