@@ -91,6 +91,20 @@ def test_tiles_are_the_whole(name, rtol):
     leaves_close(kernel_fn(X, Y), kernel_fn(X, Y, memory=memory), rtol)
 
 
+def test_progress_counts_tiles():
+    seen = []
+
+    def progress(tiles):
+        for k, tile in enumerate(tiles):
+            seen.append((k, len(tiles)))
+            yield tile
+
+    kernel_fn = NETWORKS["flat"][2]
+    memory = 8_000 if jnp.zeros(()).dtype == jnp.float64 else 4_000
+    leaves_close(kernel_fn(X, memory=memory, progress=progress), kernel_fn(X), 1e-5)
+    assert len(seen) > 1 and seen[-1] == (len(seen) - 1, len(seen))
+
+
 def test_tiles_under_tracing_and_their_gradient(rtol):
     kernel_fn = stax.serial(stax.Dense(1, 1.2, 0.1), stax.Erf(), stax.Dense(1))[2]
     x = X[:, 0, 0]
