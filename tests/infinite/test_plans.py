@@ -44,7 +44,7 @@ def assert_close(got, plain, x64):
         )
 
 
-def conv(strides=(1, 1), padding="SAME", size=(3, 3), b_std=0.1):
+def conv(strides=(1, 1), padding="SAME", size=(3, 3), b_std: float | None = 0.1):
     return stax.Conv(1, size, strides, padding, W_std=1.3, b_std=b_std)
 
 
@@ -88,7 +88,9 @@ def test_planes_are_the_trivial_plan(body, end, x64):
     assert_close(*planned(executors.ByPlanes(least=1, group=2), body_end[2], X), x64)
 
 
-@pytest.mark.parametrize("body", ["strides", "pool", "residual"])
+@pytest.mark.parametrize(
+    "body", ["pool", *(pytest.param(b, marks=pytest.mark.slow) for b in ("strides", "residual"))]
+)
 @pytest.mark.parametrize("end", ["flat", "global"])
 def test_planes_of_two_batches(body, end, x64):
     kernel_fn = stax.serial(BODIES[body](), conv(), ENDS[end]())[2]
@@ -156,26 +158,27 @@ def test_blocks_of_images_with_masks(name, masked, x64):
     assert_close(*planned(executors.Blocked(least=1, most=300), kernel_fn, x, **kwargs), x64)
 
 
-def test_gradients_through_blocks_and_planes(x64):
-    dense = stax.serial(FLAT["relu"](), stax.Dense(1))[2]
-    image = stax.serial(BODIES["pool"](), conv(), ENDS["global"]())[2]
-    flat = stax.serial(BODIES["conv"](), ENDS["flat"]())[2]
-    cases = [
-        (executors.Blocked(least=1, most=4), dense, X[:, 0, 0]),
-        (executors.ByPlanes(least=1), image, X[:2]),
-        (executors.ByPlanes(least=1, group=1), flat, X[:2]),
-    ]
-    for executor, kernel_fn, x in cases:
+GRADIENTS = {
+    "blocks": lambda: (executors.Blocked(least=1, most=4), (FLAT["relu"](), stax.Dense(1))),
+    "flat": lambda: (executors.ByPlanes(least=1, group=1), (BODIES["conv"](), ENDS["flat"]())),
+    "global": lambda: (executors.ByPlanes(least=1), (BODIES["pool"](), conv(), ENDS["global"]())),
+}
 
-        def total(x, kernel_fn=kernel_fn):
-            return jnp.sum(jnp.sin(kernel_fn(x, None, "ntk")))
 
-        gradients = []
-        for each in (executors.Trivial(), executor):
-            with using(each):
-                gradients.append(jax.grad(total)(x))
-        scale = float(jnp.abs(gradients[0]).max())
-        np.testing.assert_allclose(*gradients, rtol=0, atol=(1e-9 if x64 else 2e-3) * scale)
+@pytest.mark.parametrize("case", ["blocks", "flat", pytest.param("global", marks=pytest.mark.slow)])
+def test_gradients_through_blocks_and_planes(case, x64):
+    executor, layers = GRADIENTS[case]()
+    kernel_fn, x = stax.serial(*layers)[2], X[:, 0, 0] if case == "blocks" else X[:2]
+
+    def total(x):
+        return jnp.sum(jnp.sin(kernel_fn(x, None, "ntk")))
+
+    gradients = []
+    for each in (executors.Trivial(), executor):
+        with using(each):
+            gradients.append(jax.grad(total)(x))
+    scale = float(jnp.abs(gradients[0]).max())
+    np.testing.assert_allclose(*gradients, rtol=0, atol=(1e-9 if x64 else 2e-3) * scale)
 
 
 def test_an_executor_of_ones_own_is_asked_first(x64):
@@ -219,3 +222,32 @@ def test_windows_between_nonlinearities(x64):
         np.testing.assert_allclose(
             conv_relu[2](X, None, "cov1"), expected, rtol=1e-12 if x64 else 1e-5
         )
+
+
+def test_runs_of_equal_layers_are_compiled_once(x64):
+    """Under tracing they are a loop: as many layers as one likes, each with its own numbers."""
+    x = X[:, :4, 0].reshape(6, 4)
+
+    def network(stds):
+        hidden = [stax.serial(stax.Dense(3, s, 0.1), stax.Relu()) for s in stds]
+        return stax.serial(*hidden, stax.Dense(1))[2]
+
+    def total(stds):
+        return jnp.sum(jnp.sin(network(stds)(x, None, "ntk")))
+
+    def equations(depth):
+        return str(jax.make_jaxpr(total)(jnp.linspace(1, 1.5, depth))).count("\n")
+
+    assert equations(12) < equations(6) + 6 * 5  # to take and stack each W_std
+
+    stds = [1.2, 1.5, 1.1, 1.3, 1.4]
+    layer_by_layer = network(stds)(x, None, ("nngp", "ntk"))
+    looped = jax.jit(lambda stds: network(stds)(x, None, ("nngp", "ntk")))(stds)
+    for a, b in zip(looped, layer_by_layer, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12 if x64 else 1e-5)
+    step = 1e-5 if x64 else 1e-2
+    gradient = jax.grad(total)(stds)
+    for k in range(5):
+        plus, minus = (total([s + e * (i == k) for i, s in enumerate(stds)]) for e in (step, -step))
+        slope = (plus - minus) / (2 * step)
+        np.testing.assert_allclose(gradient[k], slope, rtol=1e-6 if x64 else 2e-2, atol=1e-3)

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from tangents._infinite.execute import State, Tape, join_sides, map_sides, run
+from tangents._infinite.execute import State, run
+from tangents._infinite.tape import Tape, join_sides, map_sides
 from tangents._infinite.tile import Layout, Signal
 
 

@@ -18,7 +18,7 @@ from jax import lax
 from tangents._infinite.barrier import keep_apart
 from tangents._infinite.blocks import grid
 from tangents._infinite.dual.angle import reciprocal, safe_sqrt
-from tangents._infinite.execute import Tape, join_sides, map_sides, run
+from tangents._infinite.execute import run
 from tangents._infinite.planes import LOOP, ZERO, Axis, Planes, arrange, at_offset
 from tangents._infinite.segments import (
     STEP,
@@ -31,6 +31,7 @@ from tangents._infinite.segments import (
     record,
     through,
 )
+from tangents._infinite.tape import Tape, join_sides, map_sides
 from tangents._infinite.tile import Layout, Need, Tile, add_up
 
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from tangents._infinite.barrier import keep_apart
 from tangents._infinite.dual.angle import norm
 from tangents._infinite.dual.single_precision import is_single
-from tangents._infinite.graph import Node, Parallel, Repeat, Serial, any_node, at, join_needs
+from tangents._infinite.graph import Node, Parallel, Repeat, Serial, any_node, at
+from tangents._infinite.tape import Tape, Turns
 from tangents._infinite.tile import (
     Context,
     Layout,
@@ -359,154 +361,144 @@ def _run_serial(node: Serial, state, need, patterns, kwargs, tape):
     for child in reversed(node.nodes):
         needs.append(child.needs(needs[-1]))
     state = fit(state, _without_sides(needs[-1], tape))
-    for (place, child), n in zip(node.places(), needs[-2::-1], strict=True):
-        with at(place):
-            state = run(child, state, n, patterns, kwargs, tape)
-    return state
+    children = list(zip(node.places(), needs[-2::-1], strict=True))
+
+    def walk(state, children, tape):
+        for (place, child), n in children:
+            with at(place):
+                state = run(child, state, n, patterns, kwargs, tape)
+        return state
+
+    start = 0
+    for first, period, turns in _runs(node.nodes, state):
+        state = walk(state, children[start:first], tape)
+        part, end = children[first : first + period], first + period * turns
+        alike = _first_alike(node.nodes[first : first + period], state, turns)
+        start = first + period * alike
+        state = walk(state, children[first:start], tape)
+        if turns - alike < 2:
+            continue
+
+        wanted = _joined(needs[::-1], first, period, end)
+        names = [place for (place, _), _ in part]
+
+        def one(state, hypers, tape, names=names, wanted=wanted):
+            layers = zip(names, hypers, strict=True)
+            return walk(state, list(zip(layers, wanted, strict=True)), tape)
+
+        groups = [node.nodes[k : k + period] for k in range(start, end, period)]
+        hypers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *groups)
+        state = _run_turns(one, turns - alike, hypers, state, tape)
+        start = end
+    return fit(walk(state, children[start:], tape), _without_sides(need, tape))
+
+
+def _joined(needs: list, first: int, period: int, end: int) -> list:
+    """What is needed behind each layer of a turn, in any of the turns."""
+
+    def join(a, b):
+        if isinstance(a, list):
+            return [join(u, v) for u, v in zip(a, b, strict=True)]
+        return a.join(b)
+
+    return [functools.reduce(join, needs[first + k + 1 : end + 1 : period]) for k in range(period)]
+
+
+def _runs(nodes: tuple[Node, ...], state: Any) -> list[tuple[int, int, int]]:
+    """`(start, period, turns)` of runs of equal layers; none outside of a trace.
+
+    There each layer is a program of its own, and is compiled once anyway.
+    """
+    traced = any(isinstance(a, Tracer) for a in jax.tree.leaves(state))
+    if not traced or any(any_node(n, is_cut) for n in nodes):
+        return []
+    kinds = [(jax.tree.structure(n), tuple(map(jnp.shape, jax.tree.leaves(n)))) for n in nodes]
+    out, start = [], 0
+    while start < len(kinds):
+        turns, period = max(
+            ((_turns(kinds, start, p), p) for p in range(1, (len(kinds) - start) // 2 + 1)),
+            key=lambda found: ((found[0] > 1) * found[0] * found[1], -found[1]),
+            default=(1, 1),
+        )
+        if turns > 1:
+            out.append((start, period, turns))
+        start += period * turns if turns > 1 else 1
+    return out
+
+
+def _turns(kinds: list, start: int, period: int) -> int:
+    """How often the first `period` entries from `start` on come in a row."""
+    turns = 1
+    while kinds[start : start + period] == kinds[start + turns * period :][:period]:
+        turns += 1
+    return turns
+
+
+def _first_alike(nodes: tuple[Node, ...], state: Any, turns: int) -> int:
+    """The first turn after which the signal is what it was before it."""
+    if not isinstance(state, State):
+        return turns
+    signal: Any = state.in1
+    for k in range(turns):
+        before = signal
+        for child in nodes:
+            signal = child.signal(signal)
+        # Of a single position nobody sees whether strides move it.
+        if signal == before and all(n > 1 for n in signal.spatial):
+            return k
+    return turns
 
 
 def _run_repeat(node: Repeat, state, need, patterns, kwargs, tape):
     need = node.needs(need)
     state = fit(state, _without_sides(need, tape))
-    turns = node.n
+
+    def one(state, _, tape):
+        with at(node.place):
+            return run(node.node, state, need, patterns, kwargs, tape)
+
+    if any_node(node.node, is_cut):
+        for _ in range(node.n):
+            state = one(state, None, tape)
+        return state
+    return _run_turns(one, node.n, None, state, tape)
+
+
+def _run_turns(one: Any, turns: int, hypers: Any, state: Any, tape: Tape | None) -> Any:
+    """`one(state, hyperparameters, tape) -> state` again and again.
+
+    Once a turn leaves the kind of state it found, the rest are a loop, which is compiled once.
+    hypers: of all turns, stacked; or None.
+    """
     played = tape.next() if tape is not None and tape.playing else None
     recorded = []
 
-    def one(state, entries):
-        with at(node.place):
-            part = None if tape is None else Tape(tape.keep, entries)
-            after = run(node.node, state, need, patterns, kwargs, part)
-            if part is None or part.playing:
-                return after, None
-            return after, tuple(part.entries)
+    def turn(state, given):
+        hypers, entries = given
+        part = None if tape is None else Tape(tape.keep, entries)
+        after = one(state, hypers, part)
+        if part is None or part.playing:
+            return after, None
+        return after, tuple(part.entries)
 
-    while turns > 0:
-        before = jax.tree.structure(state), jax.tree.map(jnp.shape, state)
-        state, kept = one(state, None if played is None else played.at(node.n - turns))
-        recorded.append(kept)
-        turns -= 1
-        same = (jax.tree.structure(state), jax.tree.map(jnp.shape, state)) == before
-        if same and turns > 1 and not any_node(node.node, is_cut):
-            # From here on one turn looks like the next: a loop compiles once.
-            rest = None if played is None else played.after(node.n - turns)
-            state, kept = jax.lax.scan(one, state, rest, length=turns)
+    def kind(state):
+        return jax.tree.structure(state), jax.tree.map(jnp.shape, jax.tree.leaves(state))
+
+    for k in range(turns):
+        rest = (
+            jax.tree.map(lambda a, k=k: a[k:], hypers),
+            None if played is None else played.after(k),
+        )
+        first = jax.tree.map(lambda a: a[0], rest)
+        if k < turns - 1 and kind(jax.eval_shape(turn, state, first)[0]) == kind(state):
+            state, kept = jax.lax.scan(turn, state, rest, length=turns - k)
+            recorded.append(kept)
             break
-    else:
-        kept = None
+        state, kept = turn(state, first)
+        recorded.append(jax.tree.map(lambda a: jnp.asarray(a)[None], kept))
     if tape is not None and not tape.playing:
-        first = jax.tree.map(lambda *a: jnp.stack(a), *recorded) if recorded else ()
-        if kept is not None:
-            first = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, kept)
-        tape.append(Turns(first), state)
+        tape.append(Turns(jax.tree.map(lambda *a: jnp.concatenate(a), *recorded)), state)
     return state
-
-
-# ---- sides computed once, tiles after them -------------------------------------------------------
-
-
-class Turns(NamedTuple):
-    """Tape entries of the turns of a `Repeat`, stacked on a new first axis."""
-
-    entries: tuple[Any, ...]
-
-    def at(self, turn: int) -> tuple[Any, ...]:
-        """The entries of one turn."""
-        return jax.tree.map(lambda a: a[turn], self.entries)
-
-    def after(self, turn: int) -> tuple[Any, ...]:
-        """The entries of the turns from one on."""
-        return jax.tree.map(lambda a: a[turn:], self.entries)
-
-
-class Sides(NamedTuple):
-    """What one node needs of the pairs (a, a), an entry for each of its inputs.
-
-    side1, side2: tuples of arrays or None; side2 is None in what a recording of one side leaves.
-    """
-
-    side1: tuple[Any, ...]
-    side2: Any = None
-
-
-def join_sides(entries1: Any, entries2: Any) -> list:
-    """Entries to play from the recordings of both sides."""
-    out = []
-    for one, two in zip(entries1, entries2, strict=True):
-        if isinstance(one, Turns):
-            out.append(Turns(tuple(join_sides(one.entries, two.entries))))
-        else:
-            out.append(Sides(one.side1, two.side1))
-    return out
-
-
-def map_sides(fn: Any, entries: Any, axis: int = 0) -> list:
-    """`fn(array, axis of examples)` on all arrays of a recording."""
-    out = []
-    for entry in entries:
-        if isinstance(entry, Turns):
-            out.append(Turns(tuple(map_sides(fn, entry.entries, axis + 1))))
-        else:
-            out.append(jax.tree.map(lambda a: fn(a, axis), entry))
-    return out
-
-
-class Tape:
-    """Results of a side pass in the order the walk visits the nodes.
-
-    keep: must variances be kept for nodes that carry the gap. entries: of a recording to play; None
-    starts a recording.
-    """
-
-    def __init__(self, keep: bool, entries: Any = None):
-        self.keep = keep
-        self.playing = entries is not None
-        self.entries = list(entries) if self.playing else []
-        self.scales: list[tuple[int, ...]] = []  # of the planes at each entry of a recording
-        self.place = 0
-
-    def next(self) -> Any:
-        """The entry of the node that is visited."""
-        self.place += 1
-        return self.entries[self.place - 1]
-
-    def record(self, node: Node, state: Any, need: Need) -> Any:
-        """Keep what the rule of the node will read beside its tile."""
-        alone = join_needs(node.needs(Need(join_needs(need).tile, Layout.NONE))).side
-        states = state if node.many_inputs else [state]
-        kept = []
-        for s in states:
-            layout = max(alone, Layout.DIAGONAL if self.keep else Layout.NONE)
-            layout = min(layout, s.side_layout)
-            kept.append(None if layout == Layout.NONE else _in_layout(s, layout))
-        self.append(Sides(tuple(kept)), state)
-        return state
-
-    def play(self, state: Any) -> Any:
-        """The state with the sides that were recorded for its node."""
-        sides = self.next()
-        if isinstance(state, (list, tuple)):
-            pairs = zip(state, sides.side1, sides.side2, strict=True)
-            return [_with_sides(s, a, b) for s, a, b in pairs]
-        return _with_sides(state, sides.side1[0], sides.side2[0])
-
-    def append(self, entry: Any, state: Any) -> None:
-        """One more entry, of a node before which the state is this."""
-        planes = (state[0] if isinstance(state, (list, tuple)) else state).planes
-        self.entries.append(entry)
-        self.scales.append(() if planes is None else tuple(a.scale for a in planes.axes))
-
-
-def _in_layout(state: State, layout: Layout) -> Any:
-    reduce = layout == Layout.DIAGONAL and state.side_layout == Layout.FULL
-    return spatial_diagonal(state.side1, 1) if reduce else state.side1
-
-
-def _with_sides(state: State, side1: Any, side2: Any) -> State:
-    if side1 is None:
-        return state
-    layout = Layout.FULL if side1.ndim - 1 > len(state.in1.spatial_axes) else Layout.DIAGONAL
-    layout = Layout.PLANES if state.layout == Layout.PLANES else layout
-    return state.replace(side1=side1, side2=side2, side_layout=layout)
 
 
 def _without_sides(need: Any, tape: Tape | None) -> Any:

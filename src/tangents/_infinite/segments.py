@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from tangents._infinite.execute import State, Tape, join_sides, map_sides, run
+from tangents._infinite.execute import State, run
 from tangents._infinite.graph import Node, Parallel, Repeat, Serial
 from tangents._infinite.layers.window import Padding
 from tangents._infinite.planes import (
@@ -40,6 +40,7 @@ from tangents._infinite.planes import (
     pool_axis,
     valid_positions,
 )
+from tangents._infinite.tape import Tape, join_sides, map_sides
 from tangents._infinite.tile import Layout, Need, Signal, Tile
 
 STEP = 2**15

@@ -1,0 +1,115 @@
+"""Sides computed once, tiles after them: what a side pass leaves for the walk over tiles."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+
+from tangents._infinite.graph import Node, join_needs
+from tangents._infinite.tile import Layout, Need, spatial_diagonal
+
+
+class Turns(NamedTuple):
+    """Tape entries of the turns of a `Repeat`, stacked on a new first axis."""
+
+    entries: tuple[Any, ...]
+
+    def at(self, turn: int) -> tuple[Any, ...]:
+        """The entries of one turn."""
+        return jax.tree.map(lambda a: a[turn], self.entries)
+
+    def after(self, turn: int) -> tuple[Any, ...]:
+        """The entries of the turns from one on."""
+        return jax.tree.map(lambda a: a[turn:], self.entries)
+
+
+class Sides(NamedTuple):
+    """What one node needs of the pairs (a, a), an entry for each of its inputs.
+
+    side1, side2: tuples of arrays or None; side2 is None in what a recording of one side leaves.
+    """
+
+    side1: tuple[Any, ...]
+    side2: Any = None
+
+
+def join_sides(entries1: Any, entries2: Any) -> list:
+    """Entries to play from the recordings of both sides."""
+    out = []
+    for one, two in zip(entries1, entries2, strict=True):
+        if isinstance(one, Turns):
+            out.append(Turns(tuple(join_sides(one.entries, two.entries))))
+        else:
+            out.append(Sides(one.side1, two.side1))
+    return out
+
+
+def map_sides(fn: Any, entries: Any, axis: int = 0) -> list:
+    """`fn(array, axis of examples)` on all arrays of a recording."""
+    out = []
+    for entry in entries:
+        if isinstance(entry, Turns):
+            out.append(Turns(tuple(map_sides(fn, entry.entries, axis + 1))))
+        else:
+            out.append(jax.tree.map(lambda a: fn(a, axis), entry))
+    return out
+
+
+class Tape:
+    """Results of a side pass in the order the walk visits the nodes.
+
+    keep: must variances be kept for nodes that carry the gap. entries: of a recording to play; None
+    starts a recording.
+    """
+
+    def __init__(self, keep: bool, entries: Any = None):
+        self.keep = keep
+        self.playing = entries is not None
+        self.entries = list(entries) if self.playing else []
+        self.scales: list[tuple[int, ...]] = []  # of the planes at each entry of a recording
+        self.place = 0
+
+    def next(self) -> Any:
+        """The entry of the node that is visited."""
+        self.place += 1
+        return self.entries[self.place - 1]
+
+    def record(self, node: Node, state: Any, need: Need) -> Any:
+        """Keep what the rule of the node will read beside its tile."""
+        alone = join_needs(node.needs(Need(join_needs(need).tile, Layout.NONE))).side
+        states = state if node.many_inputs else [state]
+        kept = []
+        for s in states:
+            layout = max(alone, Layout.DIAGONAL if self.keep else Layout.NONE)
+            layout = min(layout, s.side_layout)
+            kept.append(None if layout == Layout.NONE else _in_layout(s, layout))
+        self.append(Sides(tuple(kept)), state)
+        return state
+
+    def play(self, state: Any) -> Any:
+        """The state with the sides that were recorded for its node."""
+        sides = self.next()
+        if isinstance(state, (list, tuple)):
+            pairs = zip(state, sides.side1, sides.side2, strict=True)
+            return [_with_sides(s, a, b) for s, a, b in pairs]
+        return _with_sides(state, sides.side1[0], sides.side2[0])
+
+    def append(self, entry: Any, state: Any) -> None:
+        """One more entry, of a node before which the state is this."""
+        planes = (state[0] if isinstance(state, (list, tuple)) else state).planes
+        self.entries.append(entry)
+        self.scales.append(() if planes is None else tuple(a.scale for a in planes.axes))
+
+
+def _in_layout(state: Any, layout: Layout) -> Any:
+    reduce = layout == Layout.DIAGONAL and state.side_layout == Layout.FULL
+    return spatial_diagonal(state.side1, 1) if reduce else state.side1
+
+
+def _with_sides(state: Any, side1: Any, side2: Any) -> Any:
+    if side1 is None:
+        return state
+    layout = Layout.FULL if side1.ndim - 1 > len(state.in1.spatial_axes) else Layout.DIAGONAL
+    layout = Layout.PLANES if state.layout == Layout.PLANES else layout
+    return state.replace(side1=side1, side2=side2, side_layout=layout)
