@@ -251,3 +251,13 @@ def test_runs_of_equal_layers_are_compiled_once(x64):
         plus, minus = (total([s + e * (i == k) for i, s in enumerate(stds)]) for e in (step, -step))
         slope = (plus - minus) / (2 * step)
         np.testing.assert_allclose(gradient[k], slope, rtol=1e-6 if x64 else 2e-2, atol=1e-3)
+
+
+def test_gradients_take_no_memory_for_depth():
+    """Blocks are computed again on the way back: a few arrays of all pairs, whatever the depth."""
+    layers = [layer for _ in range(10) for layer in (stax.Dense(1, 1.4, 0.1), stax.Relu())]
+    kernel_fn, x = stax.serial(*layers, stax.Dense(1))[2], jnp.ones((600, 5))
+    assert "(blocked)" in kernel_fn.explain(x)
+    gradient = jax.grad(lambda x: jnp.sin(kernel_fn(x, None, "ntk")).sum())
+    temporary = jax.jit(gradient).lower(x).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 10 * 600 * 600 * x.dtype.itemsize
