@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from tangents._core.typing import Array
-from tangents._infinite.dual.angle import affine_gap, norm, reciprocal, safe_sqrt, sine_squared
+from tangents._infinite.dual.angle import affine_gap, norm, reciprocal, sine_squared
 from tangents._infinite.dual.form import Dual, DualKernel
 from tangents._infinite.dual.single_precision import arcsine_of_legs, is_single
 
@@ -79,46 +79,54 @@ def _erf_dual(hyper, cov12, var1, var2, gap12=None) -> Dual:
     odd = scale * pair.arcsine
     gap = None
     if gap12 is not None:
-        own1, own2 = (scale * _own_arcsine(k, v) for v in (var1, var2))
-        gap = scale * _arcsine_gap(k, pair, gap12, var1, var2)
+        gap, own1, own2 = (scale * part for part in _arcsine_gap(k, pair, gap12, var1, var2))
         gap = affine_gap(odd, gap, own1, own2, jnp.ones_like(scale), c * c)
     return Dual(odd + c * c, scale * slope, gap)
 
 
-def _own_arcsine(k, var: Array) -> Array:
-    """arcsin(t), t = k var / (1 + k var)."""
-    rest = 1 / (1 + k * var)
-    return _arcsine(k * var * rest, jnp.sqrt(rest * (2 - rest)))
+def _arcsine_gap(k, pair: Damped, gap12: Array, var1: Array, var2: Array):
+    """`(sqrt(a_1 a_2) - |arcsin(rho')|, a_1, a_2)` with a_i = arcsin(t_i); nothing cancels.
 
+    With m = sqrt(t_1 t_2), the correlation of parallel inputs, and a = arcsin(m) there are two
+    parts. Of another direction: m - |rho'| = k sqrt(q_1 q_2) gap12, and
 
-def _arcsine_gap(k, pair: Damped, gap12: Array, var1: Array, var2: Array) -> Array:
-    """sqrt(arcsin(t_1) arcsin(t_2)) - |arcsin(rho')|, in which nothing cancels.
+        sin(a - |arcsin(rho')|) = (m^2 - rho'^2) / (m cos(arcsin(rho')) + |rho'| cos(a)).
 
-    With m = sqrt(t_1 t_2), the correlation of parallel inputs, m - |rho'| = k sqrt(q_1 q_2) gap12,
-    and differences of arcsines are arcsines: of m and rho' (another direction), and of t_1, m and
-    t_2 (another norm), where sqrt(a_1 a_2) - a_m = (a_m (d_1 - d_2) - d_1 d_2) / (sqrt(a_1 a_2) +
-    a_m) with d_1 = a_1 - a_m, d_2 = a_m - a_2.
+    Of another norm: with d_1 = a_1 - a, d_2 = a - a_2, bent = d_1 - d_2, apart = d_1 + d_2,
+
+        sqrt(a_1 a_2) - a = (a bent - d_1 d_2) / (sqrt(a_1 a_2) + a),
+        d_1 d_2 = (apart^2 - bent^2) / 4,   a = (a_1 + a_2 - bent) / 2,
+
+    where the sines of d_1, d_2, apart and bent all have the factor t_1 - t_2 = k q_1 q_2 (var1 -
+    var2).
     """
     q1, q2 = pair.rest1, pair.rest2
     t1, t2 = k * var1 * q1, k * var2 * q2
-    mean = norm(t1, t2)
-    # cos of the arcsines of t_1, t_2 and m.
-    cos1, cos2, cos_mean = jnp.sqrt(q1 * (2 - q1)), jnp.sqrt(q2 * (2 - q2)), jnp.sqrt(q1 + t1 * q2)
-    root = jnp.sqrt(q1) * jnp.sqrt(q2)
+    cos1, cos2 = jnp.sqrt(q1 * (2 - q1)), jnp.sqrt(q2 * (2 - q2))
+    a1, a2 = _arcsine(t1, cos1), _arcsine(t2, cos2)
+    mean, cos_mean = norm(t1, t2), jnp.sqrt(q1 + t1 * q2)
+
     size = jnp.abs(pair.cosine)
-    turned = k * root * gap12 * (mean + size) * reciprocal(mean * pair.sine + size * cos_mean)
-    change = k * (var1 - var2) * q1 * q2  # t_1 - t_2
-    d1 = _difference(change * t1 * reciprocal(t1 * cos_mean + mean * cos1))
-    d2 = _difference(change * t2 * reciprocal(t2 * cos_mean + mean * cos2))
-    middle = _arcsine(mean, cos_mean)
-    ends = norm(_own_arcsine(k, var1), _own_arcsine(k, var2))
-    wider = (middle * (d1 - d2) - d1 * d2) * reciprocal(ends + middle)
-    return jnp.maximum(_difference(turned) + wider, 0)
+    to_mean = k * jnp.sqrt(q1) * jnp.sqrt(q2) * gap12 * (mean + size)
+    sine = to_mean * reciprocal(mean * pair.sine + size * cos_mean)
+    turned = _arcsine(sine, cos_mean * pair.sine + mean * size)
 
-
-def _difference(sine: Array) -> Array:
-    """The angle in [-pi/2, pi/2] of this sine."""
-    return _arcsine(sine, safe_sqrt((1 - sine) * (1 + sine)))
+    change = k * (var1 - var2) * q1 * q2
+    scale1, scale2 = t1 * cos_mean + mean * cos1, t2 * cos_mean + mean * cos2
+    inverse = reciprocal(scale1 * scale2)
+    sine1, sine2 = t1 * scale2 * inverse, t2 * scale1 * inverse  # of d_1, d_2, over the change
+    other1, other2 = cos1 * cos_mean + t1 * mean, cos2 * cos_mean + t2 * mean
+    squared, both = change * change, sine1 * other2 + sine2 * other1
+    across = (t1 + t2) * reciprocal((t1 * cos2 + t2 * cos1) * both)
+    sine = squared * mean * inverse * across * (sine1 + sine2)
+    bent = _arcsine(sine, other1 * other2 + squared * sine1 * sine2)
+    sine = change * across * both
+    small = sine * (1 + sine * sine * (1 / 6 + 3 / 40 * sine * sine))
+    apart = jnp.where(jnp.abs(sine) < 0.05, small, a1 - a2)
+    middle = (a1 + a2 - bent) / 2
+    wider = middle * bent - (apart * apart - bent * bent) / 4
+    wider = wider * reciprocal(norm(a1, a2) + middle)
+    return jnp.maximum(turned + wider, 0), a1, a2
 
 
 def _erf_diagonal(hyper, var: Array) -> Array:
