@@ -253,8 +253,8 @@ def along(f: Factors, axis: tuple[int, int]) -> Callable[[Array | int, int], Fac
         ("activation", use.activation, f.mapped),
         ("cotangent", use.cotangent, f.mapped + 3),
     ):
-        has = labels is not None and label in labels
-        whole[name] = getattr(f, name), (lead + labels.index(label)) if has else None
+        place = lead + labels.index(label) if labels is not None and label in labels else None
+        whole[name] = getattr(f, name), place
 
     def part(start: Array | int, width: int) -> Factors:
         result = Factors(use, f.kept, f.derivative, f.mapped)

@@ -133,9 +133,9 @@ class Passes:
         def one(x, kw):
             return jax.vjp(lambda probes: network(probes, x, kw), zeros, has_aux=True)
 
-        self.size = self.size or 1
-        (outputs, pull, kept), own = map_what_differs(one, data, axes, self.size)
-        spread = lambda array, differs: array if differs else _broadcast(array[None], self.size)
+        size = self.size = self.size or 1
+        (outputs, pull, kept), own = map_what_differs(one, data, axes, size)
+        spread = lambda array, differs: array if differs else _broadcast(array[None], size)
         self.outputs = jax.tree.map(spread, outputs, own[0])
         self.kept = jax.tree.map(spread, kept, own[2])
         # As below.
