@@ -5,8 +5,11 @@ import os
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax import lax
 
 import tangents as nt
 from finite.table import normal
@@ -74,6 +77,33 @@ def test_peak_in_fresh_processes(network):
         assert found["temporary"] <= allowed, (budget, found)
         assert found["peak"] <= allowed + RUNTIME, (budget, found)
     assert measured[0]["temporary"] < measured[-1]["temporary"]
+
+
+def test_gradients_of_a_weight_in_slices(rtol):
+    """A weight's gradients need not fit the budget: the kernel is summed over slices of it."""
+    p = [normal(0, 3, 3, 2, 24) / 4, normal(1, 3, 3, 24, 41) / 15, normal(2, 41, 3) / 6]
+
+    def f(p, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        for kernel in p[:2]:
+            x = jnp.tanh(lax.conv_general_dilated(x, kernel, (1, 1), "SAME", None, None, numbers))
+        return x.mean((1, 2)) @ p[2]
+
+    x = normal(3, 3, 8, 8, 2)
+    expected = nt.empirical_ntk_fn(f, (), implementation=1)(x, None, p)
+    scale = jnp.abs(expected).max()
+    budget = 160_000 * p[0].dtype.itemsize
+    temporary = []
+    for memory in (None, budget):
+        fn = jax.jit(nt.empirical_ntk_fn(f, (), implementation=3, memory=memory))
+        compiled = fn.lower(x, None, p).compile()
+        np.testing.assert_allclose(
+            compiled(x, None, p), expected, rtol=rtol, atol=float(rtol * scale)
+        )
+        temporary.append(compiled.memory_analysis().temp_size_in_bytes)
+        plan = nt.ntk_operator(f, p, x, implementation=3, memory=memory).explain(())
+        assert ("in slices" in plan) == (memory is not None), plan
+    assert temporary[1] <= budget < temporary[0]
 
 
 def test_a_kernel_larger_than_the_device_says_both_sizes():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tangents import ntk_operator, predict
+from tangents import kernel_velocity, ntk_operator, predict
 
 TIMES = np.array([5.0, 50.0, 400.0])
 
@@ -37,7 +37,8 @@ def network(params, x):
 
 
 def train(params, x, xt, y, rate, steps):
-    """Plain gradient descent on ½ mean((f − y)²); outputs on both sets at the given steps."""
+    """Plain gradient descent on ½ mean((f − y)²): outputs on both sets at the given steps, and the
+    parameters after the last."""
     loss = lambda p: 0.5 * jnp.mean((network(p, x) - y) ** 2)
 
     @jax.jit
@@ -50,14 +51,14 @@ def train(params, x, xt, y, rate, steps):
         params = run(params, n - done)
         done = n
         outputs.append(jnp.concatenate([network(params, x), network(params, xt)]))
-    return jnp.stack(outputs)
+    return jnp.stack(outputs), params
 
 
 def test_wide_networks_follow_gradient_flow(digits):
     x, xt, y = digits
-    errors = []
+    errors, turned = [], []
     for width in (32, 512):
-        distance = []
+        distance, turns = [], []
         for seed in range(2):
             params = init(jax.random.key(seed), width)
             operator = ntk_operator(network, params, jnp.concatenate([x, xt]))
@@ -66,12 +67,16 @@ def test_wide_networks_follow_gradient_flow(digits):
             # A small rate, so that steps of gradient descent are its flow.
             rate = 0.05 * float(predict.max_learning_rate(k))
             steps = [int(t) for t in TIMES]
-            trained = train(params, x, xt, y, rate, steps)
+            trained, final = train(params, x, xt, y, rate, steps)
             flow = predict.gradient_descent_mse(k, y, learning_rate=rate)
             predicted = flow(TIMES, network(params, x), network(params, xt), k_td)
             difference = trained - jnp.concatenate(predicted, axis=1)
             distance.append(jnp.sqrt(jnp.mean(difference**2)))
+            after = ntk_operator(network, final, jnp.concatenate([x, xt])).materialise()
+            turns.append(kernel_velocity([kernel, after], [0.0, TIMES[-1]])[0])
         errors.append(float(np.mean(distance)))
+        turned.append(float(np.mean(turns)))
     # From width 32 to 512 the kernel's motion, and with it the error, falls by 1/√width at least.
     assert errors[1] < errors[0] / 2.5
     assert errors[1] < 0.1
+    assert 0 < turned[1] < turned[0] / 4

@@ -6,9 +6,10 @@ matrix products from thick ones were fitted on CPU (`SKINNY`).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
@@ -19,6 +20,8 @@ from tangents._finite.structure.contraction import Layout, PairLabels
 SKINNY = ((8, 6.0), (16, 3.0))
 """(rows, factor): a product G Gᵀ of so few rows runs so many times slower than a thick one."""
 THICK = 1.5
+AT_ONCE = 2
+"""Weights that may be worked on at once; the sum over them is taken as they come."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,18 @@ class Extent:
 
 
 @dataclass(frozen=True)
+class Slices:
+    """Uses of the same entries of one weight, whose gradients are made slice by slice."""
+
+    uses1: tuple[int, ...]
+    uses2: tuple[int, ...]
+    axis: tuple[int, int]
+    """(size, stride) of the axis of the weight that is cut."""
+    width: int
+    """Of a slice."""
+
+
+@dataclass(frozen=True)
 class Form:
     """A way to contract the uses of one weight."""
 
@@ -66,6 +81,8 @@ class Form:
     """Numbers held at once beside activations and cotangents."""
     pairs: tuple[tuple[int, int, str], ...] = ()
     """(use of side 1, use of side 2, 'gram' or 'crossed')."""
+    slices: tuple[Slices, ...] = ()
+    """Of 'outer', where no gradient is to be held as a whole."""
 
 
 def outer(
@@ -83,6 +100,52 @@ def outer(
     work += skinny * extent.examples1 * extent.examples2 * both * size
     held = extent.examples1 * extent.seeds1 + (0 if same else extent.examples2 * extent.seeds2)
     return Form("outer", work, held * size)
+
+
+def sliced(
+    uses1: Sequence[tuple[int, Use]],
+    uses2: Sequence[tuple[int, Use]],
+    root: Root,
+    whole: Form,
+    entries: float,
+    least: int,
+) -> Form | None:
+    """`outer` with gradients in slices of the weight, so that `entries` numbers are held at once.
+
+    Uses that read the same entries along the same axes are cut together; None where some overlap
+    in another way, for no slice of one is then a slice of the other.
+
+    Args:
+        uses1: of side 1, with their numbers.
+        uses2: of side 2.
+        root: the weight.
+        whole: the form that is cut.
+        entries: to hold at once; what `least` allows is taken if that is more.
+        least: entries of the weight in a slice, no fewer.
+    """
+    groups: dict[tuple, tuple[list[tuple[int, Use]], list[tuple[int, Use]]]] = {}
+    for side, uses in enumerate((uses1, uses2)):
+        for number, use in uses:
+            axes = frozenset((size, stride) for _, size, stride in use.weight)
+            if len(axes) < len(use.weight):
+                return None
+            groups.setdefault((use.offset, axes), ([], []))[side].append((number, use))
+    first = [(group[0] or group[1])[0][1] for group in groups.values()]
+    if any(not contraction.apart(a, b, root) for a, b in itertools.combinations(first, 2)):
+        return None
+    parts, held = [], 0.0
+    for (_, axes), (mine, other) in groups.items():
+        size = math.prod(n for n, _ in axes)
+        if not mine or not other or size == 0:
+            continue
+        both = whole.entries * size / math.prod(root.shape)
+        axis = max(axes, default=(1, 1))
+        across = size // axis[0]
+        wanted = max(entries / both * size, least, across)
+        width = min(axis[0], int(wanted) // across)
+        held = max(held, both * width * across / size)
+        parts.append(Slices(tuple(k for k, _ in mine), tuple(k for k, _ in other), axis, width))
+    return replace(whole, entries=held, slices=tuple(parts)) if parts else None
 
 
 def _labels(use: Use) -> int:
@@ -172,9 +235,12 @@ def _products(
     return work, volume(keep[0]) + volume(keep[1])
 
 
-def choose(forms: Iterable[Form]) -> Form:
-    """The form of least work."""
-    return min(forms, key=lambda form: form.work)
+def choose(forms: Sequence[Form], entries: float) -> Form:
+    """The form of least work among those that hold so many numbers; else that of least numbers."""
+    fitting = [form for form in forms if form.entries <= entries]
+    if fitting:
+        return min(fitting, key=lambda form: form.work)
+    return min(forms, key=lambda form: form.entries)
 
 
 @dataclass(frozen=True)
@@ -282,6 +348,5 @@ def working_bytes(
         entries += examples * (footprint.forward + seeds * footprint.cotangent)
         entries += examples * seeds * max(footprint.transient, footprint.cotangent)
     held = sorted((form.entries for form in forms), reverse=True)
-    # Two weights may be worked on at once; the sum over them is taken as they come.
-    entries += sum(held[:2])
+    entries += sum(held[:AT_ONCE])
     return int(entries * itemsize)

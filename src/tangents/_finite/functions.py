@@ -63,8 +63,8 @@ def empirical_ntk_fn(
         precision: of the contraction: None (highest), or a `jax.lax.Precision` or its name.
         memory: budget, in bytes or as text such as "2GiB", for what is worked on beside inputs,
             parameters and the result; None takes half of what the device has free. The work is
-            done in chunks of examples and outputs that fit, by an estimate from shapes. For AUTO
-            and structured derivatives only.
+            done in chunks of examples and outputs and in slices of weights that fit, by an
+            estimate from shapes. For AUTO and structured derivatives only.
 
     Returns:
         `ntk_fn(x1, x2, params, **kwargs)`. For outputs of shape (n, k) on x1 and (m, k) on x2 its

@@ -1,6 +1,7 @@
 """Single rules over generated shapes and dimension numbers, and what analysis says of them."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax import lax
 import tangents as nt
 from finite.table import normal
 from reference import finite as reference
+from tangents._finite import cost
 from tangents._finite.functions import compute
 from tangents._finite.methods import structured_derivatives
 from tangents._finite.methods.structured_derivatives import Options
@@ -162,6 +164,37 @@ def test_memory_below_the_least_is_an_error_that_states_it(vmap_axes, rtol):
     np.testing.assert_allclose(fn("20KiB")(x, None, w), expected, rtol=rtol, atol=rtol)
     with pytest.raises(ValueError, match="JACOBIAN_CONTRACTION does not work in chunks"):
         nt.empirical_ntk_fn(f, implementation=1, memory="1GiB")
+
+
+def tied(p, x):
+    """One weight at every step and after them, another in parts, a stack of them in a loop."""
+    q, k = jnp.split(p["qk"], 2, axis=1)
+    x = jnp.tanh(x @ q) * jnp.tanh(x @ k)
+    x, _ = lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["stack"])
+    return jnp.tanh(x @ p["w"]) @ p["w"]
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_weights_in_slices(width, rtol):
+    """Gradients of some entries at a time: weights with several uses, in parts, in loops."""
+    p = {"qk": normal(0, 3, 10), "stack": normal(1, 3, 5, 5) / 2, "w": normal(2, 5, 5) / 2}
+    x = normal(3, 2, 3)
+    problem = make_problem(tied, x, None, p, {}, caller="test")
+    (plan,) = structured_derivatives.plans(
+        problem, problem.pair_axes((), ()), Options(form="outer")
+    )
+    for weight, form in plan.forms.items():
+        uses = plan.side1.analysis.uses_of(weight)
+        root = plan.side1.analysis.roots[weight]
+        cut = cost.sliced(uses, uses, root, form, 0, 1)
+        assert cut is not None and cut.entries < form.entries
+        assert len(cut.slices) == (2 if weight == 0 else 1)  # q and k are apart
+        slices = tuple(replace(part, width=width) for part in cut.slices)
+        plan.forms[weight] = replace(cut, slices=slices)
+    plan.dense.clear()
+    expected = reference.ntk(tied, p, x, None, ())
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(plan.compute(), expected, rtol=rtol, atol=rtol * scale)
 
 
 @pytest.mark.parametrize("shape", [(64, 200, 10), (16, 300, 50)])

@@ -31,6 +31,8 @@ from tangents._finite.structure.terms import SideTerms
 
 CACHE = 2**24
 """Bytes: working memory beyond which outputs are taken in chunks (see `LeafKernel._in_cache`)."""
+SLICE = 4096
+"""Entries of a slice of a weight, no fewer while examples and outputs can be taken in chunks."""
 ROWS = 256
 """Rows (examples, outputs, positions) of a chunk's matrix products: no fewer than half of it."""
 
@@ -175,9 +177,14 @@ class LeafKernel:
         while True:
             dense, forms = self._forms(chunks)
             needed = self._bytes(chunks, forms)
+            smaller = self._smaller(chunks)
+            if budget is not None and needed > budget:
+                # Smaller slices than that are for the last resort: products would be thin.
+                least = SLICE if smaller else 1
+                dense, forms = self._forms(chunks, budget - self._bytes(chunks, {}), least)
+                needed = self._bytes(chunks, forms)
             if budget is None or needed <= budget:
                 return chunks, dense, forms
-            smaller = self._smaller(chunks)
             if smaller is None:
                 raise ValueError(
                     f"{self.side1.problem.caller}: memory={self.options.memory!r} is "
@@ -209,13 +216,15 @@ class LeafKernel:
             chunks = replace(chunks, traced=-(-chunks.traced // 2))
         return chunks
 
+    @property
+    def _itemsize(self) -> int:
+        leaves = (*self.side1.side.outputs, *self.side1.problem.leaves)
+        return max(x.dtype.itemsize for x in leaves)
+
     def _bytes(self, chunks: Extent, forms: dict[int, Form]) -> int:
-        itemsize = max(
-            x.dtype.itemsize for x in (*self.side1.side.outputs, *self.side1.problem.leaves)
-        )
         # Blocks of a symmetric kernel are of two sides like those of any other.
         same = self.same and chunks == self.extent
-        return cost.working_bytes(*self.footprints, forms.values(), chunks, itemsize, same)
+        return cost.working_bytes(*self.footprints, forms.values(), chunks, self._itemsize, same)
 
     @property
     def work(self) -> float:
@@ -260,8 +269,17 @@ class LeafKernel:
                     return replace(chunks, examples1=size, examples2=size)
         return None
 
-    def _forms(self, worked: Extent) -> tuple[set[int], dict[int, Form]]:
-        """Weights whose gradients are made, and the form of each weight."""
+    def _forms(
+        self, worked: Extent, free: float = math.inf, least: int = 1
+    ) -> tuple[set[int], dict[int, Form]]:
+        """Weights whose gradients are made, and the form of each weight.
+
+        Args:
+            worked: examples and seeds that are worked on at once.
+            free: bytes there are for the forms.
+            least: entries in a slice of a weight, no fewer.
+        """
+        entries = max(free, 0) / self._itemsize / cost.AT_ONCE
         dense = {
             weight
             for side in (self.side1, self.side2)
@@ -283,16 +301,17 @@ class LeafKernel:
             outer = cost.outer(
                 [u for _, u in uses1], [u for _, u in uses2], root, worked, self.same
             )
-            pairs = None
-            if weight not in dense and self.options.form != "outer":
-                pairs = cost.in_pairs(uses1, uses2, root, worked, self.layout, self.same)
-            if pairs is None:
-                forms[weight] = outer
-            elif self.options.form == "pairs":
-                forms[weight] = pairs
-            else:
-                forms[weight] = cost.choose([outer, pairs])
-            if forms[weight].name == "outer":
+            ways, pairs = [outer], None
+            if weight not in dense:
+                if outer.entries > entries:
+                    cut = cost.sliced(uses1, uses2, root, outer, entries, least)
+                    ways = [cut or outer]
+                if self.options.form != "outer":
+                    pairs = cost.in_pairs(uses1, uses2, root, worked, self.layout, self.same)
+            if pairs is not None:
+                ways = [pairs] if self.options.form == "pairs" else [*ways, pairs]
+            forms[weight] = cost.choose(ways, entries)
+            if forms[weight].name == "outer" and not forms[weight].slices:
                 dense.add(weight)
         return dense, forms
 
@@ -309,7 +328,9 @@ class LeafKernel:
                     analysis.roots[weight].name or "params",
                     str(analysis.roots[weight].shape),
                     ", ".join(use.primitive for use in uses),
-                    " and ".join(products) if products else form.name,
+                    " and ".join(products)
+                    if products
+                    else form.name + " in slices" * bool(form.slices),
                     f"{form.work:.3g}",
                     format_bytes(form.entries * itemsize),
                     "; ".join(dict.fromkeys(use.reason for use in uses if use.reason)),
@@ -407,7 +428,8 @@ class LeafKernel:
             basis = self.head.axis, self._basis
 
         def terms_of(side: Traced, passes: Passes, seeds: Array) -> SideTerms:
-            factors = passes.factors(self.leaf, seeds, basis)
+            spread = not self.layout.mapped or self.layout.same_examples
+            factors = passes.factors(self.leaf, seeds, basis, spread=spread)
             return SideTerms.of(side, factors, self.dense, layout)
 
         def contracted(mine: SideTerms, other: SideTerms) -> Array:
@@ -415,6 +437,8 @@ class LeafKernel:
                 block = terms.lower_triangle(mine, forms, layout, passes1.size or 1)
             else:
                 block = terms.kernel(mine, other, forms, layout, symmetric=self.same)
+                if layout.mapped:
+                    block = terms.spread(block, layout, passes1.size or 1, passes2.size or 1)
             return jnp.transpose(block, [layout.working.index(k) for k in layout.result])
 
         def kernel(seeds1: Array, seeds2: Array, same: bool) -> Array:

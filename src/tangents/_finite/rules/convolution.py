@@ -8,7 +8,6 @@ groups of features or of the batch; p is a position of the output, k an offset i
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import jax.numpy as jnp
@@ -93,14 +92,17 @@ def patches(
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
     counts = [sizes[label] for label in positions]
     strides, dilations = params["window_strides"], params["rhs_dilation"]
-    shifted = []
-    for offset in itertools.product(*(range(sizes[label]) for label in window)):
-        start = [o * d for o, d in zip(offset, dilations, strict=True)]
-        limit = [s + (n - 1) * t + 1 for s, n, t in zip(start, counts, strides, strict=True)]
-        shifted.append(
-            lax.slice(x, (0, *start, 0), (x.shape[0], *limit, x.shape[-1]), (1, *strides, 1))
-        )
-    stacked = jnp.stack(shifted, axis=-2) if len(shifted) > 1 else shifted[0][..., None, :]
+    # Axis by axis: a copy of each offset along one axis at a time costs two thirds of one copy of
+    # each offset in the window, on a CPU.
+    stacked = x
+    for done, axis in enumerate(reversed(range(len(window)))):
+        count, step, dilation = counts[axis], strides[axis], dilations[axis]
+        starts = [o * dilation for o in range(sizes[window[axis]])]
+        shifted = [
+            lax.slice_in_dim(stacked, start, start + (count - 1) * step + 1, step, axis=1 + axis)
+            for start in starts
+        ]
+        stacked = jnp.stack(shifted, axis=-2 - done)
     offsets = [sizes[label] for label in window]
     groups, inner = sizes[GROUP], sizes[IN]
     if params["batch_group_count"] > 1:

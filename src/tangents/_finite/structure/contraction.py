@@ -87,7 +87,10 @@ class Factors:
     kept: Array | None
     """What the forward pass kept: (examples, loops, ...)."""
     derivative: Array
-    """The network's in the probe: (examples, traced, kept, output, loops, ...)."""
+    """The network's in the probe: (examples, traced, kept, output, loops, ...).
+
+    Of size one along the examples where it is the same for all of them.
+    """
     mapped: bool
 
     def __post_init__(self):
@@ -130,10 +133,19 @@ def over_leading(function, array: Array, count: int) -> Array:
 
 def contract(operands: Sequence[Term], result: Sequence[int], how: lax.Precision) -> Array:
     """A sum of products of one or two arrays over labels, accumulated in at least float32."""
-    sizes = {k: n for array, labels in operands for k, n in zip(labels, array.shape, strict=True)}
+    sizes = _sizes(operands)
     array, labels = _merged(operands, result, how)
-    array = _ordered(array, labels, [k for k in result if sizes[k] != 1])
-    return array.reshape([sizes[k] for k in result])
+    array = _ordered(array, labels, [k for k in result if sizes.get(k, 1) != 1])
+    return array.reshape([sizes.get(k, 1) for k in result])
+
+
+def _sizes(operands: Sequence[Term]) -> dict[int, int]:
+    """Of each label; an axis of size one stands for any size (see `Factors.derivative`)."""
+    sizes: dict[int, int] = {}
+    for array, labels in operands:
+        for k, n in zip(labels, array.shape, strict=True):
+            sizes[k] = n if sizes.get(k, 1) == 1 else sizes[k]
+    return sizes
 
 
 def _merged(operands: Sequence[Term], result: Collection[int], how: lax.Precision) -> Term:
@@ -196,8 +208,13 @@ def _product(a: Term, b: Term, wanted: tuple[int, ...], how: lax.Precision) -> T
     volume = lambda labels: math.prod(sizes[k] for k in labels)
 
     def matrices(array: Array, labels: tuple[int, ...], free: list[int]) -> tuple[Array, int]:
-        """(batch, free, summed) or (batch, summed, free), whichever needs no transposition."""
+        """(batch, free, summed) or (batch, summed, free), whichever needs no transposition.
+
+        Where both do, the last axis stays the last: whole rows are copied, not single numbers.
+        """
         swapped = labels == (*batch, *summed, *free)
+        if labels != (*batch, *free, *summed) and labels and labels[-1] in free:
+            swapped = True
         order = (*batch, *summed, *free) if swapped else (*batch, *free, *summed)
         shape = [volume(summed), volume(free)] if swapped else [volume(free), volume(summed)]
         lead = [volume(batch)] if batch else []
@@ -224,6 +241,42 @@ def gradient(f: Factors, layout: Layout) -> Array:
         assert use.activation is not None
         operands.insert(0, (f.activation, (*examples, *_codes(use, use.activation))))
     return contract(operands, result, layout.precision)
+
+
+def along(f: Factors, axis: tuple[int, int]) -> Callable[[Array | int, int], Factors]:
+    """Factors of slices (start, width) of the weight along the axis of this (size, stride)."""
+    use = f.use
+    (label,) = (name for name, *where in use.weight if tuple(where) == axis)
+    # Made here, not where a slice is cut: that may be inside a loop.
+    whole: dict[str, tuple[Array | None, int | None]] = {}
+    for name, labels, lead in (
+        ("activation", use.activation, f.mapped),
+        ("cotangent", use.cotangent, f.mapped + 3),
+    ):
+        place = lead + labels.index(label) if labels is not None and label in labels else None
+        whole[name] = getattr(f, name), place
+
+    def part(start: Array | int, width: int) -> Factors:
+        result = Factors(use, f.kept, f.derivative, f.mapped)
+        for name, (array, place) in whole.items():
+            if array is not None and place is not None:
+                array = lax.dynamic_slice_in_dim(array, start, width, place)
+            result.__dict__[name] = array
+        return result
+
+    return part
+
+
+def gradient_in_order(f: Factors, layout: Layout) -> Array:
+    """Per-example gradient in the entries of a use: (examples, traced, kept, output, entries).
+
+    Uses of the same entries have them in the same order.
+    """
+    rows = gradient(f, layout)
+    lead = rows.ndim - len(f.use.weight)
+    order = sorted(range(len(f.use.weight)), key=lambda k: f.use.weight[k][1:])
+    rows = jnp.transpose(rows, (*range(lead), *(lead + k for k in order)))
+    return rows.reshape(*rows.shape[:lead], math.prod(rows.shape[lead:]))
 
 
 def _code(use: Use, label: int) -> int:
@@ -255,16 +308,57 @@ def to_root(gradient: Array, use: Use, root: Root) -> Array:
     return zeros.at[..., index.reshape(-1)].add(flat)
 
 
-def multiply(first: Array, second: Array, layout: Layout) -> Array:
-    """Σ_w J₁ J₂ of gradients with one flat weight axis."""
-    return contract(
-        [
-            (first, (*layout.examples1, *SEEDS1, FIRST)),
-            (second, (*layout.examples2, *SEEDS2, FIRST)),
-        ],
-        layout.working,
-        layout.precision,
+def unordered_gradient(f: Factors, root: Root, layout: Layout) -> Term | None:
+    """`gradient` with its axes as the product leaves them; None where it is not all of the root.
+
+    Labels: of examples, in front, those of `SEEDS1`, and FIRST + 1 + k for the k-th axis of the
+    weight by stride; labels of size one, but for the examples, are left out.
+    """
+    use = f.use
+    order = sorted(range(len(use.weight)), key=lambda k: -use.weight[k][2])
+    sizes = [use.weight[k][1] for k in order]
+    strides = tuple(use.weight[k][2] for k in order)
+    if use.offset or math.prod(sizes) != math.prod(root.shape) or strides != contiguous(sizes):
+        return None
+    examples = (EXAMPLE1,) if layout.mapped else ()
+    names = {_code(use, use.weight[k][0]) + FIRST: FIRST + 1 + n for n, k in enumerate(order)}
+    wanted = (*examples, *SEEDS1, *names)
+    operands = [(f.cotangent, (*examples, *SEEDS1, *_codes(use, use.cotangent)))]
+    if f.activation is not None:
+        assert use.activation is not None
+        operands.insert(0, (f.activation, (*examples, *_codes(use, use.activation))))
+    array, labels = _merged(operands, wanted, layout.precision)
+    if layout.mapped:
+        if EXAMPLE1 not in labels:
+            array, labels = array[None], (EXAMPLE1, *labels)
+        front = (EXAMPLE1, *(k for k in labels if k != EXAMPLE1))
+        array, labels = _ordered(array, labels, front), front
+    return array, tuple(names.get(k, k) for k in labels)
+
+
+def multiply(first: Term, second: Term, layout: Layout) -> Array:
+    """Σ_w J₁ J₂ of gradients, with one flat weight axis (labels of side 1) or unordered."""
+    of_weight = [{k for k in labels if k >= FIRST} for _, labels in (first, second)]
+    if of_weight[0] != of_weight[1]:
+        first, second = _flat(first, layout), _flat(second, layout)
+    other = dict(zip(SEEDS1, SEEDS2, strict=True)) | dict(
+        zip(layout.examples1, layout.examples2, strict=True)
     )
+    renamed = second[0], tuple(other.get(k, k) for k in second[1])
+    return contract([first, renamed], layout.working, layout.precision)
+
+
+def flat_labels(layout: Layout) -> tuple[int, ...]:
+    """Labels of a gradient with one flat axis for the weight."""
+    return (*layout.examples1, *SEEDS1, FIRST)
+
+
+def _flat(term: Term, layout: Layout) -> Term:
+    """A gradient with one flat axis for the weight."""
+    labels = flat_labels(layout)
+    weight = sorted(k for k in term[1] if k >= FIRST)
+    array = contract([term], (*labels[:-1], *weight), layout.precision)
+    return array.reshape(*array.shape[: len(labels) - 1], -1), labels
 
 
 def matched(first: Use, second: Use) -> dict[int, int] | None:
@@ -372,7 +466,7 @@ class Products:
                 keep = {k for _, labels in group for k in labels if k in others or k in wanted}
                 results.append(self._once(group, keep))
         array, labels = _merged(results, wanted, self.layout.precision)
-        sizes = {k: n for t, own in (*one, *two) for k, n in zip(own, t.shape, strict=True)}
+        sizes = _sizes([*one, *two])
         array = _ordered(array, labels, [k for k in wanted if sizes[k] != 1])
         return array.reshape([sizes[k] for k in wanted])
 

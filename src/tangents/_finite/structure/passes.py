@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax, tree_util
 
@@ -94,16 +95,17 @@ class Passes:
             flat = [*traced.problem.leaves, *x, *tree_util.tree_leaves(kw)]
             return traced.execution.run(flat, probes)
 
+        unmapped = lambda axis: None if axis < 0 else axis
+        data_axes = (
+            [unmapped(a) for a in traced.axes],
+            tree_util.tree_map(unmapped, traced.kwargs_axes),
+        )
+        if traced.mapped and not forward:
+            self._by_example(network, (arrays, kwargs), data_axes)
+            return
+        batched = network
         if traced.mapped:
-            unmapped = lambda axis: None if axis < 0 else axis
-            in_axes = (
-                0,
-                [unmapped(a) for a in traced.axes],
-                tree_util.tree_map(unmapped, traced.kwargs_axes),
-            )
-            batched = jax.vmap(network, in_axes=in_axes, axis_size=self.size)
-        else:
-            batched = network
+            batched = jax.vmap(network, in_axes=(0, *data_axes), axis_size=self.size)
         lead = (self.size,) if traced.mapped else ()
         zeros = {
             k: jnp.zeros((*lead, *probe.shape), probe.dtype)
@@ -119,6 +121,26 @@ class Passes:
             # derivatives of nonlinearities anew inside the pass of every seed.
             self._pull = lax.optimization_barrier(pull)
 
+    def _by_example(self, network: Callable[..., Any], data: Any, axes: Any) -> None:
+        """The forward pass and the pullback of one example, mapped over all.
+
+        What a backward pass makes of the last linear layers is the same for every example, and is
+        then made once: so each pullback keeps which of its values differ between examples.
+        """
+        probes = self.traced.analysis.live_probes
+        zeros = {k: jnp.zeros(probe.shape, probe.dtype) for k, probe in probes.items()}
+
+        def one(x, kw):
+            return jax.vjp(lambda probes: network(probes, x, kw), zeros, has_aux=True)
+
+        size = self.size = self.size or 1
+        (outputs, pull, kept), own = map_what_differs(one, data, axes, size)
+        spread = lambda array, differs: array if differs else _broadcast(array[None], size)
+        self.outputs = jax.tree.map(spread, outputs, own[0])
+        self.kept = jax.tree.map(spread, kept, own[2])
+        # As below.
+        self._pull, self._own = lax.optimization_barrier(pull), own[1]
+
     def at_output(self, use: int) -> Factors:
         """Factors of a use at the output: its cotangents are unit vectors, and not made."""
         analysis = self.traced.analysis
@@ -127,7 +149,12 @@ class Passes:
         return Factors(analysis.uses[use], self.kept.get(use), nothing, self.traced.mapped)
 
     def factors(
-        self, leaf: int, seeds: Array, basis: tuple[int, Array] | None = None
+        self,
+        leaf: int,
+        seeds: Array,
+        basis: tuple[int, Array] | None = None,
+        *,
+        spread: bool = True,
     ) -> list[Factors]:
         """Factors of each use for some entries of an output.
 
@@ -137,10 +164,14 @@ class Passes:
                 negative ones stand for nothing.
             basis: an axis of the output and vectors (size, count): the indices are then those of an
                 output whose entries along that axis are the products with these vectors.
+            spread: cotangents that are the same for all examples are repeated for each; otherwise
+                their axis of examples is of size one.
         """
         cotangents = (
             self._by_pushing(leaf, seeds) if self.forward else self._by_pulling(leaf, seeds, basis)
         )
+        if spread and self.size is not None:
+            cotangents = {k: _broadcast(c, self.size) for k, c in cotangents.items()}
         return [
             Factors(use, self.kept.get(k), cotangents[use.probe], self.traced.mapped)
             for k, use in enumerate(self.traced.analysis.uses)
@@ -151,33 +182,41 @@ class Passes:
     ) -> dict[int, Array]:
         mapped = self.traced.mapped
 
-        def cotangent(index: Array, y: Array) -> Array:
-            shape = list(y.shape[1:] if mapped else y.shape)
+        def cotangent(index: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+            start = list(shape)
             if basis is not None:
-                shape[basis[0]] = basis[1].shape[1]
-            one = (jnp.arange(math.prod(shape), dtype=index.dtype) == index).astype(y.dtype)
-            one = one.reshape(shape)
+                start[basis[0]] = basis[1].shape[1]
+            one = (jnp.arange(math.prod(start), dtype=index.dtype) == index).astype(dtype)
+            one = one.reshape(start)
             if basis is not None:
                 axis, vectors = basis
-                wide = jnp.tensordot(
-                    one, vectors.astype(y.dtype), ((axis,), (1,)), precision=HIGHEST
-                )
+                wide = jnp.tensordot(one, vectors.astype(dtype), ((axis,), (1,)), precision=HIGHEST)
                 one = jnp.moveaxis(wide, -1, axis)
-            return jnp.broadcast_to(one, y.shape)
+            return one
 
-        def row(index):
-            filled = []
-            for k, y in enumerate(self.outputs):
-                if k != leaf:
-                    filled.append(jnp.zeros_like(y))
-                    continue
-                filled.append(cotangent(index, y))
-            return self._pull(filled)[0]
+        def rows(pull: Any) -> dict[int, Array]:
+            def row(index):
+                filled = []
+                for k, y in enumerate(self.outputs):
+                    shape = y.shape[1:] if mapped else y.shape
+                    if k == leaf:
+                        filled.append(cotangent(index, shape, y.dtype))
+                    else:
+                        filled.append(jnp.zeros(shape, y.dtype))
+                return pull(filled)[0]
 
+            return jax.vmap(row)(seeds.reshape(-1))
+
+        if mapped:
+            assert self.size is not None
+            axes = jax.tree.map(lambda differs: 0 if differs else None, self._own)
+            found, own = map_what_differs(rows, (self._pull,), (axes,), self.size)
+            found = {k: r if own[k] else r[None] for k, r in found.items()}
+        else:
+            found = rows(self._pull)
         at = 1 if mapped else 0
-        rows = jax.vmap(row, out_axes=at)(seeds.reshape(-1))
         return {
-            k: r.reshape(*r.shape[:at], *seeds.shape, *r.shape[at + 1 :]) for k, r in rows.items()
+            k: r.reshape(*r.shape[:at], *seeds.shape, *r.shape[at + 1 :]) for k, r in found.items()
         }
 
     def _by_pushing(self, leaf: int, seeds: Array) -> dict[int, Array]:
@@ -201,3 +240,52 @@ class Passes:
             rows = jnp.where(inside, jnp.take(flat, jnp.maximum(seeds, 0), axis=at), 0)
             result[k] = rows.reshape(*rows.shape[:at], *seeds.shape, *shape).astype(zero.dtype)
         return result
+
+
+def _broadcast(array: Array, size: int) -> Array:
+    """An array with an axis of examples in front, which may be of size one."""
+    return jnp.broadcast_to(array, (size, *array.shape[1:]))
+
+
+def map_what_differs(
+    function: Callable[..., Any], arguments: Sequence[Any], axes: Sequence[Any], size: int
+) -> tuple[Any, Any]:
+    """`jax.vmap`, but outputs that depend on no mapped argument get no axis in front.
+
+    Args:
+        function: of trees of arrays.
+        arguments: its arguments.
+        axes: trees of the same structure: the axis of each array that is mapped, or None.
+        size: number of entries along these axes.
+
+    Returns:
+        The outputs, and a tree of whether each has the axis.
+    """
+    flat, tree = tree_util.tree_flatten(tuple(arguments))
+    along = tree_util.tree_leaves(tuple(axes), is_leaf=lambda a: a is None)
+    without = lambda a, axis: jax.ShapeDtypeStruct(
+        tuple(n for k, n in enumerate(a.shape) if k != axis), a.dtype
+    )
+    one = [without(a, axis) for a, axis in zip(flat, along, strict=True)]
+    closed, shapes = jax.make_jaxpr(
+        lambda *leaves: function(*tree.unflatten(leaves)), return_shape=True
+    )(*one)
+    own = _depends(closed.jaxpr, [axis is not None for axis in along])
+    structure = tree_util.tree_structure(shapes)
+    mapped = jax.vmap(
+        jex.jaxpr_as_fun(closed),
+        in_axes=tuple(along),
+        out_axes=[0 if differs else None for differs in own],
+        axis_size=size,
+    )
+    return structure.unflatten(mapped(*flat)), structure.unflatten(own)
+
+
+def _depends(jaxpr: Any, inputs: Sequence[bool]) -> list[bool]:
+    """Whether each output depends on any of the inputs that are marked."""
+    marked = {v for v, yes in zip(jaxpr.invars, inputs, strict=True) if yes}
+    is_marked = lambda atom: not isinstance(atom, jex.Literal) and atom in marked
+    for equation in jaxpr.eqns:
+        if any(is_marked(atom) for atom in equation.invars):
+            marked.update(equation.outvars)
+    return [is_marked(atom) for atom in jaxpr.outvars]

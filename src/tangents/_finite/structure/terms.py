@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from tangents._core.typing import Array
-from tangents._finite.cost import Form
+from tangents._finite.cost import Form, Slices
 from tangents._finite.structure import contraction
-from tangents._finite.structure.contraction import Factors, Layout, Products
+from tangents._finite.structure.contraction import Factors, Layout, Products, Term, flat_labels
 from tangents._finite.structure.passes import Traced
 
 BLOCKS = ((64, 4), (8, 2))
@@ -24,7 +25,8 @@ class SideTerms:
     """What one side brings: factors of its uses, gradients of the weights that need them."""
 
     factors: Sequence[Factors]
-    gradients: dict[int, Array]
+    gradients: dict[int, Term]
+    """See `contraction.multiply`."""
 
     @classmethod
     def of(
@@ -38,12 +40,14 @@ class SideTerms:
         known: dict[int, Array] = {}
 
         def cut(array: Array) -> Array:
+            if array.shape[0] == 1:
+                return array  # the same for all examples
             # Uses that share a cotangent share its part too.
             if id(array) not in known:
                 known[id(array)] = array[start:stop]
             return known[id(array)]
 
-        gradients = {k: cut(g) for k, g in self.gradients.items()}
+        gradients = {k: (cut(g), labels) for k, (g, labels) in self.gradients.items()}
         return SideTerms([f.part(cut) for f in self.factors], gradients)
 
 
@@ -70,6 +74,8 @@ def kernel(
         term = contraction.multiply(side1.gradients[weight], side2.gradients[weight], layout)
         total = _plus(total, term)
     for form in forms:
+        for part in form.slices:
+            total = _plus(total, _in_slices(side1, side2, part, layout))
         for i, j, name in form.pairs:
             product = products.gram if name == "gram" else products.crossed
             term = _term(product, side1.factors[i], side2.factors[j])
@@ -98,9 +104,50 @@ def lower_triangle(side: SideTerms, forms: Sequence[Form], layout: Layout, examp
     for start, stop in itertools.pairwise(edges):
         mine, before = side.part(start, stop), side.part(0, stop)
         row = kernel(mine, before, forms, layout, symmetric=True)
+        row = spread(row, layout, stop - start, stop)
         widths = [(0, examples - stop if k == axis2 else 0) for k in range(row.ndim)]
         rows.append(jnp.pad(row, widths))
     return jnp.concatenate(rows, axis=axis1)
+
+
+def spread(kernel: Array, layout: Layout, examples1: int, examples2: int) -> Array:
+    """A kernel that is the same for all examples of a side, repeated for each of them."""
+    sizes = {contraction.EXAMPLE1: examples1, contraction.EXAMPLE2: examples2}
+    shape = zip(layout.working, kernel.shape, strict=True)
+    return jnp.broadcast_to(kernel, [sizes.get(label, n) for label, n in shape])
+
+
+def _in_slices(side1: SideTerms, side2: SideTerms, cut: Slices, layout: Layout) -> Array:
+    """The term of some uses of a weight: a sum over slices of the products of their gradients."""
+    size = cut.axis[0]
+    labels = flat_labels(layout)
+
+    def gradients(side: SideTerms, uses: Sequence[int]):
+        views = [contraction.along(side.factors[k], cut.axis) for k in uses]
+
+        def of_slice(start: Array | int, width: int) -> Array:
+            return sum(contraction.gradient_in_order(view(start, width), layout) for view in views)  # pyright: ignore
+
+        return of_slice
+
+    mine = gradients(side1, cut.uses1)
+    other = mine if side1 is side2 else gradients(side2, cut.uses2)
+
+    def product(start: Array | int, width: int) -> Array:
+        first = mine(start, width)
+        second = first if other is mine else other(start, width)
+        return contraction.multiply((first, labels), (second, labels), layout)
+
+    count, rest = divmod(size, cut.width)
+    total = product(count * cut.width, rest) if rest else None
+    if count == 1:
+        return _plus(total, product(0, cut.width))
+    if total is None:
+        shape = jax.eval_shape(lambda: product(0, cut.width))
+        total = jnp.zeros(shape.shape, shape.dtype)
+    step = lambda total, start: (total + product(start, cut.width), None)
+    starts = jnp.arange(count, dtype=jnp.int32) * cut.width
+    return lax.scan(step, total, starts)[0]
 
 
 def _term(product, first: Factors, second: Factors) -> Array:
@@ -130,30 +177,42 @@ def _transposed(kernel: Array, layout: Layout) -> Array:
 
 def _gradients(
     side: Traced, factors: Sequence[Factors], wanted: set[int], layout: Layout
-) -> dict[int, Array]:
-    """Per-example gradients of whole weights: (examples, traced, kept, output, entries)."""
+) -> dict[int, Term]:
+    """Per-example gradients of whole weights, in the labels of side 1."""
     roots = side.analysis.roots
-    by_root: dict[int, Array] = {}
+    by_root: dict[int, list[Factors]] = {}
     for f in factors:
         root = roots[f.use.root]
-        if not root.weights & wanted or 0 in root.shape:
+        if root.weights & wanted and 0 not in root.shape:
+            by_root.setdefault(f.use.root, []).append(f)
+    result: dict[int, Term] = {}
+    flat: dict[int, Array] = {}
+    pulled = {w for k in by_root if roots[k].ref is not None for w in roots[k].weights}
+    for k, uses in by_root.items():
+        term = None
+        if len(uses) == 1 and roots[k].ref is None and k not in pulled:
+            term = contraction.unordered_gradient(uses[0], roots[k], layout)
+        if term is not None:
+            result[k] = term
             continue
-        flat = contraction.to_root(contraction.gradient(f, layout), f.use, root)
-        known = by_root.get(f.use.root)
-        by_root[f.use.root] = flat if known is None else known + flat
-    computed = {k: g for k, g in by_root.items() if roots[k].ref is not None}
-    result = {k: g for k, g in by_root.items() if roots[k].ref is None}
+        for f in uses:
+            rows = contraction.to_root(contraction.gradient(f, layout), f.use, roots[k])
+            flat[k] = flat[k] + rows if k in flat else rows
+    computed = {k: g for k, g in flat.items() if roots[k].ref is not None}
+    whole = {k: g for k, g in flat.items() if roots[k].ref is None}
     if computed:
-        for weight, pulled in _pull_prologue(side, computed).items():
-            result[weight] = result[weight] + pulled if weight in result else pulled
-    return result
+        for weight, more in _pull_prologue(side, computed).items():
+            whole[weight] = whole[weight] + more if weight in whole else more
+    labels = flat_labels(layout)
+    return result | {k: (g, labels) for k, g in whole.items()}
 
 
 def _pull_prologue(side: Traced, gradients: dict[int, Array]) -> dict[int, Array]:
     """Gradients in computed roots as gradients in the weights they are computed from."""
     roots = side.analysis.roots
     values, pullback = jax.vjp(side.execution.prologue, list(side.problem.leaves))
-    lead = next(iter(gradients.values())).shape[:-1]
+    lead = jnp.broadcast_shapes(*(g.shape[:-1] for g in gradients.values()))
+    gradients = {k: jnp.broadcast_to(g, (*lead, g.shape[-1])) for k, g in gradients.items()}
 
     def pull(rows: dict[int, Array]) -> list[Array]:
         full = {
