@@ -199,10 +199,10 @@ class ConvNode(Node):
         averaged, variances = tile.linear(average), None
         if context.carries(tile):  # at offset 0
             var1, var2 = context.variances
-            _, gap12, *variances = average_over_windows(
+            cov12, gap12, *variances = average_over_windows(
                 tile.cov12, tile.gap12, var1, var2, range(len(ws)), ws
             )
-            averaged = averaged._replace(gap12=gap12)
+            averaged = averaged._replace(cov12=cov12, gap12=gap12)
         return self._affine(context, averaged, variances)
 
     def _affine(self, context, averaged, variances):
@@ -238,11 +238,11 @@ class ConvNode(Node):
         averaged, variances = tile.linear(average), None
         if context.layout == Layout.DIAGONAL and context.carries(tile):
             var1, var2 = context.variances
-            _, gap12, var1, var2 = average_over_windows(
+            arrays = average_over_windows(
                 tile.cov12, tile.gap12, var1, var2, range(n, n + len(ws)), ws
             )
-            gap12, *variances = (jnp.transpose(a, moved) for a in (gap12, var1, var2))
-            averaged = averaged._replace(gap12=gap12)
+            cov12, gap12, *variances = (jnp.transpose(a, moved) for a in arrays)
+            averaged = averaged._replace(cov12=cov12, gap12=gap12)
         out = self._affine(context, averaged, variances)
         if self.kind == "ConvLocal" and context.need.tile == Layout.FULL:
             out = out.linear(lambda a: embed_diagonal(a, n))

@@ -16,42 +16,39 @@ s - K and s + K, and the sign of the result says which one counts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 
 from tangents._core.typing import Array
-from tangents._infinite.barrier import keep_apart
 from tangents._infinite.dual.angle import poles, reciprocal, safe_sqrt
-from tangents._infinite.layers.window import Window, extended_all, taps
+from tangents._infinite.layers.window import Window, extended_all, taps, window_sum
 from tangents._infinite.tile import add_up
 
 
 def average_over_windows(
     cov12: Array, gap12: Array, var1: Array, var2: Array, axes: Sequence[int], ws: Sequence[Window]
 ) -> tuple[Array, Array, Array, Array]:
-    """`(cov12, gap12, var1, var2)` averaged over windows, axis by axis; equal positions only."""
-    cov12, gap12, var1, var2 = (extended_all(a, axes, ws) for a in (cov12, gap12, var1, var2))
+    """`(cov12, gap12, var1, var2)` averaged over windows; equal positions only."""
+    size = math.prod(w.size for w in ws)
+    root1, root2 = safe_sqrt(var1), safe_sqrt(var2)
+    near, far = poles(cov12, root1 * root2, gap12)
+    near, far, var1, var2 = (window_sum(a, axes, ws) / size for a in (near, far, var1, var2))
+    mean1, mean2 = safe_sqrt(var1), safe_sqrt(var2)
+    inverse1, inverse2 = reciprocal(mean1), reciprocal(mean2)
+    each1, each2 = (_all_taps(a, axes, ws) for a in (root1, root2))
+    deficit = add_up((a * inverse1 - b * inverse2) ** 2 for a, b in zip(each1, each2, strict=True))
+    gap12 = jnp.minimum(near, far) + mean1 * mean2 * deficit / (2 * size)
+    return (far - near) / 2, gap12, var1, var2
+
+
+def _all_taps(a: Array, axes: Sequence[int], ws: Sequence[Window]) -> list[Array]:
+    """What each tap of a window of several axes reads."""
+    parts = [extended_all(a, axes, ws)]
     for axis, w in zip(axes, ws, strict=True):
-
-        def parts(a, axis=axis, w=w):
-            return taps(a, axis, w)
-
-        roots1, roots2 = parts(safe_sqrt(var1)), parts(safe_sqrt(var2))
-        var1, var2 = (add_up(parts(v)) / w.size for v in (var1, var2))
-        inverse1, inverse2 = reciprocal(safe_sqrt(var1)), reciprocal(safe_sqrt(var2))
-        near = far = deficit = jnp.zeros((), cov12.dtype)
-        for c, gap, a, b in zip(parts(cov12), parts(gap12), roots1, roots2, strict=True):
-            to_equal, to_opposite = poles(c, a * b, gap)
-            near, far = near + to_equal, far + to_opposite
-            difference = a * inverse1 - b * inverse2
-            deficit = deficit + difference * difference
-        cov12 = add_up(parts(cov12)) / w.size
-        deficit = safe_sqrt(var1) * safe_sqrt(var2) * deficit / (2 * w.size)
-        gap12 = jnp.where(cov12 < 0, far, near) / w.size + deficit
-        # An axis reads each entry of the one before as often as it has taps.
-        cov12, gap12 = keep_apart((cov12, gap12))
-    return cov12, gap12, var1, var2  # pyright: ignore[reportReturnType]
+        parts = [tap for part in parts for tap in taps(part, axis, w)]
+    return parts
 
 
 def average_over_positions(
