@@ -16,7 +16,9 @@ def dense_network(stax, nonlinearity: str, depth: int):
     return stax.serial(*hidden, stax.Dense(1, 1.0, 0.0))
 
 
-def fcn(nonlinearity, depth, targets, rectangular=False, n=2500, d=784, tag="", memory=True):
+def fcn(
+    nonlinearity, depth, targets, rectangular=False, n=2500, d=784, tag="", memory=True, rtol=1e-4
+):
     def build(side: Side) -> Case:
         import jax
 
@@ -29,7 +31,7 @@ def fcn(nonlinearity, depth, targets, rectangular=False, n=2500, d=784, tag="", 
 
     shape = "x1x2" if rectangular else "sym"
     name = f"infinite/fcn/{nonlinearity.lower()}-{depth}/{shape}{tag}"
-    return Workload(name, build, targets=targets, memory=memory)
+    return Workload(name, build, targets=targets, memory=memory, rtol=rtol)
 
 
 WORKLOADS = [
@@ -39,5 +41,15 @@ WORKLOADS = [
     fcn("Gelu", 5, (Target("speedup", 3),)),
     fcn("Relu", 5, (Target("speedup", 2.5),), rectangular=True),
     # Compile time against depth; a call of so few examples is all overhead.
-    fcn("Relu", 64, (Target("compile_ratio", 4),), n=64, d=32, tag="/compile", memory=False),
+    # The peer's float32 differs by 1e-3 from float64 at this depth, this package's by 2e-6.
+    fcn(
+        "Relu",
+        64,
+        (Target("compile_ratio", 4),),
+        n=64,
+        d=32,
+        tag="/compile",
+        memory=False,
+        rtol=2e-3,
+    ),
 ]
