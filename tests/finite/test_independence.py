@@ -40,6 +40,34 @@ def scan(w, x):
     return h + hs.sum(0)
 
 
+def lstm(w, x):
+    """Starts from zeros, which lose their shape in products before they meet the examples."""
+
+    def step(carry, x_t):
+        h, c = carry
+        i, f, g = jnp.split((x_t + h) @ jnp.tile(w, 3) + h @ jnp.tile(w.T, 3), 3, axis=-1)
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        return (jnp.tanh(c), c), None
+
+    start = jnp.zeros((x.shape[0], 3), w.dtype)
+    return lax.scan(step, (start, start), jnp.swapaxes(x, 0, 1))[0][0]
+
+
+def embedding_lstm(w, x):
+    return lstm(w, w[jnp.argmax(x, -1)])
+
+
+def numbered_start(w, x):
+    """The start is different for each example: on one alone it would be another."""
+    start = jnp.zeros_like(x[:, 0]) + jnp.arange(1.0, len(x) + 1, dtype=x.dtype)[:, None]
+    return lax.scan(lambda h, x_t: (h @ w + x_t, None), start, jnp.swapaxes(x, 0, 1))[0]
+
+
+def numbered_product(w, x):
+    rows = jnp.arange(1.0, len(x) + 1, dtype=x.dtype)[:, None] * jnp.ones_like(x)
+    return x @ w + rows @ w
+
+
 def over_examples(w, x):
     return lax.scan(lambda h, x_n: (jnp.tanh(h + x_n @ w),) * 2, jnp.zeros(3, x.dtype), x)[1]
 
@@ -71,6 +99,9 @@ INDEPENDENT = {
     "attention": (attention, TOKENS),
     "convolution": (convolution, IMAGES),
     "scan": (scan, TOKENS),
+    "lstm": (lstm, TOKENS),
+    "embedding lstm": (embedding_lstm, TOKENS),
+    "zeros": (lambda w, x: x @ w + jnp.ones_like(x) @ w, X),
     "cond": (cond, X),
     "custom_jvp": (lambda w, x: custom(x @ w), X),
     "remat": (jax.checkpoint(lambda w, x: jnp.tanh(x @ w)), X),
@@ -91,6 +122,8 @@ MIXED = {
 UNKNOWN = {
     "merged": (lambda w, x: (x.reshape(-1, 3) @ w).reshape(x.shape), TOKENS),
     "numbered": (lambda w, x: x @ w * jnp.arange(1.0, len(x) + 1, dtype=x.dtype)[:, None], X),
+    "numbered start": (numbered_start, TOKENS),
+    "numbered product": (numbered_product, X),
     "divided by the batch": (lambda w, x: x @ w / x.shape[0], X),
     "one by one": (lambda w, x: jnp.stack([jnp.tanh(x[k] @ w) for k in range(len(x))]), X),
     "values": (lambda w, x: x @ w if float(np.asarray(x)[0, 0]) > -100 else x, X),
@@ -145,7 +178,7 @@ def test_dropout_of_one_key_is_left_alone():
     assert problem.side1.vmap is None
 
 
-@pytest.mark.parametrize("name", ["attention", "training", "merged", "values"])
+@pytest.mark.parametrize("name", ["attention", "training", "merged", "values", "lstm"])
 def test_kernels_without_a_promise(name, rtol):
     f, shape = (INDEPENDENT | MIXED | UNKNOWN)[name]
     x1, x2 = normal(1, *shape), normal(2, 3, *shape[1:])

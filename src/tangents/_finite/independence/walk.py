@@ -126,7 +126,25 @@ def _shared(eqn: Any, states: Sequence[State]) -> Shared:
             if atom.aval.shape and state.uniform is not None:
                 uniform &= state.uniform
         return Shared(uniform)
-    return Shared()
+    rule = rules.RULES.get(name)
+    return Shared() if rule is None else Shared(_still_uniform(eqn, states, rule))
+
+
+def _still_uniform(eqn: Any, states: Sequence[State], rule: rules.Rule) -> frozenset[int]:
+    """Axes of the outputs along which all entries are equal, since they are in an input.
+
+    The rule of a step says of examples along an axis where each of them goes, and goes alone: if
+    all are equal, so is what they become.
+    """
+    found: list[set[int]] = [set() for _ in eqn.outvars]
+    for k, (atom, state) in enumerate(zip(eqn.invars, states, strict=True)):
+        assert isinstance(state, Shared)
+        for axis in range(len(atom.aval.shape)) if state.uniform is None else state.uniform:
+            after = rule(eqn, [*states[:k], Along(axis), *states[k + 1 :]])
+            for axes, one in zip(found, after, strict=True):
+                if isinstance(one, Along):
+                    axes.add(one.axis)
+    return frozenset(set.intersection(*found))
 
 
 def _joined(one: State, other: State) -> State:
