@@ -1,8 +1,9 @@
 """Preconditioned conjugate gradients against a Cholesky factor: digits enlarged to 16 000.
 
 The digits of scikit-learn, each shifted by up to one pixel in nine ways; the kernel is the NNGP of
-three ReLU layers. Ours solves to a relative residual of 1e-6, measured in float64, preconditioner
-included. The other side factorises in float32 and stops there: its residual is about 1e-4.
+three ReLU layers. Both sides solve to a relative residual of 1e-6, measured in float64, all set-up
+included. The other side is SciPy: it factorises in float32, the faster precision, and refines with
+residuals in float64 until they are small enough. SciPy is in GPyTorch's environment.
 """
 
 from __future__ import annotations
@@ -10,21 +11,15 @@ from __future__ import annotations
 from benchmarks.protocol import Case, Side, Target, Workload
 
 RIDGE = 1e-3
+RTOL = 1e-6
 
 
 def images(n: int):
     """Images (n, 64) on the unit sphere: the digits that sklearn ships, shifted."""
     import numpy as np
+    from sklearn.datasets import load_digits
 
-    try:
-        from sklearn.datasets import load_digits
-
-        pictures, _ = load_digits(return_X_y=True)
-    except ImportError:
-        # The peer's environment may have no scikit-learn: blobs of the same shape.
-        random = np.random.RandomState(0)
-        blobs = 4 * random.standard_normal((10, 64))[np.arange(1797) % 10]
-        pictures = blobs + random.standard_normal((1797, 64))
+    pictures, _ = load_digits(return_X_y=True)
     pictures = pictures.reshape(-1, 8, 8)
     shifts = [(a, b) for a in (0, -1, 1) for b in (0, -1, 1)]
     shifted = np.concatenate([np.roll(pictures, s, (1, 2)) for s in shifts])[:n].reshape(-1, 64)
@@ -59,32 +54,59 @@ def ours(side: Side) -> Case:
 
     n = side.size(16_000, 300)
     k, y = jnp.asarray(nngp(images(n))), jnp.asarray(targets(n))
-    run = lambda: side.nt.solve(k, y, RIDGE, method="cg", rtol=1e-6).residual
-    return Case(run=lambda: jnp.where(run() <= 1e-6, 1.0, jnp.nan))
+
+    def run():
+        result = side.nt.solve(k, y, RIDGE, method="cg", rtol=RTOL)
+        assert float(result.residual) <= RTOL, float(result.residual)
+        return result.value
+
+    return Case(run=run)
 
 
 def cholesky(side: Side) -> Case:
-    import jax
-    import jax.numpy as jnp
+    import numpy as np
+    from scipy.linalg import cho_factor, cho_solve
+    from scipy.linalg.blas import dgemm
 
     n = side.size(16_000, 300)
-    k, y = jnp.asarray(nngp(images(n))), jnp.asarray(targets(n))
+    k, y = nngp(images(n)), targets(n)
+    sizes = np.linalg.norm(y, axis=0)
 
-    @jax.jit
-    def solve(k, y):
-        shifted = k + RIDGE * jnp.eye(len(k), dtype=k.dtype)
-        factor = jax.scipy.linalg.cho_factor(shifted, lower=True)
-        return jax.scipy.linalg.cho_solve(factor, y)
+    def residual_of(x):
+        # In float64 a block of rows at a time: a copy of the matrix would be 2 GB and slower.
+        image = np.empty(x.shape)
+        for start in range(0, n, 250):
+            wide = k[start : start + 250].astype(np.float64)
+            image[start : start + 250] = dgemm(1.0, wide.T, x, trans_a=True)
+        return y - image - RIDGE * x
 
-    return Case(run=lambda: jnp.where(jnp.isfinite(solve(k, y)).all(), 1.0, jnp.nan))
+    def run():
+        shifted = k.copy()
+        shifted[np.arange(n), np.arange(n)] += np.float32(RIDGE)
+        # Its transpose is the same matrix, in LAPACK's order.
+        factor = cho_factor(shifted.T, lower=True, overwrite_a=True, check_finite=False)
+        x, residual = np.zeros(y.shape), y.astype(np.float64)
+        for _ in range(10):
+            x = x + cho_solve(factor, residual.astype(np.float32), check_finite=False)
+            residual = residual_of(x)
+            relative = float((np.linalg.norm(residual, axis=0) / sizes).max())
+            if relative <= RTOL:
+                return x.astype(np.float32)
+        raise AssertionError(relative)
+
+    return Case(run=run)
 
 
 WORKLOADS = [
     Workload(
         "solve/cg_against_cholesky/16000",
         ours,
+        peer="gpytorch",
         peer_build=cholesky,
         targets=(Target("speedup", 1.0),),
+        # Residuals of 1e-6 leave this much of the solution open.
+        rtol=1e-2,
+        requires=("sklearn",),
         memory=False,
     )
 ]

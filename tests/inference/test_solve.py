@@ -149,6 +149,18 @@ def test_conjugate_gradients(wrap, preconditioner, x64):
         assert kernel.products >= int(result.iterations)
 
 
+def test_cg_of_several_right_hand_sides_solves_each_of_them():
+    # A matrix gets columns of zeros beside them; one column alone gets none.
+    k, y = (as_float(a) for a in prescribed(1e4))
+    together = solve(k, y, 1e-2, method="cg", rtol=1e-6)
+    assert together.value.shape == y.shape and true_residual(k, together, y, 1e-2) <= 1.1e-6
+    for i in range(y.shape[1]):
+        alone = solve(k, y[:, i], 1e-2, method="cg", rtol=1e-6)
+        error = jnp.linalg.norm(alone.value - together.value[:, i])
+        # Condition 101, two residuals of 1e-6.
+        assert error < 2.1e-4 * jnp.linalg.norm(alone.value)
+
+
 def test_preconditioner_saves_iterations():
     k, y = (as_float(a) for a in prescribed(1e8))
     for wrap in (lambda k: k, Operator):
