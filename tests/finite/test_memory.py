@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -104,6 +105,30 @@ def test_gradients_of_a_weight_in_slices(rtol):
         plan = nt.ntk_operator(f, p, x, implementation=3, memory=memory).explain(())
         assert ("in slices" in plan) == (memory is not None), plan
     assert temporary[1] <= budget < temporary[0]
+
+
+def test_convolutions_under_budgets():
+    """Of few examples the copies of the kernels, flipped for the backward pass, weigh most."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+    shapes = (3, 3, 3, 64), (3, 3, 64, 64), (3, 3, 64, 64), (64, 10)
+    p = [normal(k, *shape) / 10 for k, shape in enumerate(shapes)]
+
+    def f(p, x):
+        for k, kernel in enumerate(p[:-1]):
+            strides = (1, 1) if k == 0 else (2, 2)
+            x = lax.conv_general_dilated(x, kernel, strides, "SAME", None, None, numbers)
+            x = jnp.maximum(x, 0)
+        return x.mean((1, 2)) @ p[-1]
+
+    x = normal(5, 4, 8, 8, 3)
+    kernel = lambda memory: jax.jit(nt.empirical_ntk_fn(f, (-1,), vmap_axes=0, memory=memory))
+    with pytest.raises(ValueError, match=r"needs about (\S+ \S+) beside") as smallest:
+        kernel(1000).lower(x, None, p)
+    number, unit = re.search(r"about (\S+) ([KM]iB)", str(smallest.value)).groups()
+    least = float(number) * {"KiB": 2**10, "MiB": 2**20}[unit]
+    for budget in (int(1.1 * least), int(3 * least)):
+        compiled = kernel(budget).lower(x, None, p).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes <= budget
 
 
 def test_a_kernel_larger_than_the_device_says_both_sizes():

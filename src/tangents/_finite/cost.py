@@ -253,6 +253,9 @@ class Footprint:
     """Probes, for each seed."""
     transient: int
     """The largest values of the backward pass, for each seed."""
+    kernels: int = 0
+    """Kernels of convolutions: the backward pass keeps each of them flipped, its axes exchanged,
+    and one more is held in the order that the library wants. Once, not for each example."""
 
     @classmethod
     def of(cls, analysis: Analysis) -> Footprint:
@@ -264,7 +267,23 @@ class Footprint:
         )
         total, largest = _values(analysis.plan)
         probes = sum(math.prod(p.shape) for p in analysis.live_probes.values())
-        return cls(activations + total, probes, 3 * largest)
+        kernels = _kernels(analysis.plan)
+        copies = sum(kernels) + max(kernels, default=0)
+        return cls(activations + total, probes, 3 * largest, copies)
+
+
+def _kernels(plan: Plan) -> list[int]:
+    """Sizes of the kernels of all convolutions of a plan."""
+    found: list[int] = []
+    for index, step in enumerate(plan.graph.steps):
+        action = plan.actions.get(index)
+        if isinstance(action, Loop):
+            found += _kernels(action.body) * step.params["length"]
+        elif isinstance(action, Branches):
+            found += [size for branch in action.branches for size in _kernels(branch)]
+        elif step.name == "conv_general_dilated":
+            found.append(math.prod(step.inputs[1].shape))
+    return found
 
 
 def _values(plan: Plan) -> tuple[int, int]:
@@ -349,4 +368,17 @@ def working_bytes(
         entries += examples * seeds * max(footprint.transient, footprint.cotangent)
     held = sorted((form.entries for form in forms), reverse=True)
     entries += sum(held[:AT_ONCE])
+    return int(entries * itemsize)
+
+
+def copied_bytes(
+    side1: Footprint, side2: Footprint, forms: Iterable[Form], itemsize: int, same: bool
+) -> int:
+    """Bytes of copies in another order, beside `working_bytes`.
+
+    Of the kernels of convolutions; and of the larger product of a pair of uses, whose positions are
+    brought next to each other before they are summed over.
+    """
+    entries = side1.kernels + (0 if same else side2.kernels)
+    entries += max((form.entries for form in forms if form.name == "pairs"), default=0)
     return int(entries * itemsize)

@@ -211,7 +211,7 @@ class LeafKernel:
         rows = extent.examples1 * max(use.positions for use in uses)
         chunks = extent
         while chunks.traced > 1 and rows * chunks.traced > ROWS:
-            if self._bytes(chunks, self._forms(chunks)[1]) <= CACHE:
+            if self._worked_on(chunks, self._forms(chunks)[1]) <= CACHE:
                 break
             chunks = replace(chunks, traced=-(-chunks.traced // 2))
         return chunks
@@ -222,9 +222,18 @@ class LeafKernel:
         return max(x.dtype.itemsize for x in leaves)
 
     def _bytes(self, chunks: Extent, forms: dict[int, Form]) -> int:
-        # Blocks of a symmetric kernel are of two sides like those of any other.
-        same = self.same and chunks == self.extent
+        copied = cost.copied_bytes(
+            *self.footprints, forms.values(), self._itemsize, self._is_shared(chunks)
+        )
+        return self._worked_on(chunks, forms) + copied
+
+    def _worked_on(self, chunks: Extent, forms: dict[int, Form]) -> int:
+        same = self._is_shared(chunks)
         return cost.working_bytes(*self.footprints, forms.values(), chunks, self._itemsize, same)
+
+    def _is_shared(self, chunks: Extent) -> bool:
+        # Blocks of a symmetric kernel are of two sides like those of any other.
+        return self.same and chunks == self.extent
 
     @property
     def work(self) -> float:
