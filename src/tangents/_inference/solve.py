@@ -340,12 +340,13 @@ def _restarted(
     """
     sizes = np.linalg.norm(target, axis=0)
     scale = np.where(sizes > 0, sizes, 1)
+    columns = target.shape[1]
     x, residual, done = np.zeros(target.shape), target, 0
     best, out = np.inf, None
     # What float32 products with an ill-conditioned kernel gain before their rounding shows.
     inner = 1e-2 if dtype == jnp.float32 else 1e-10
     # XLA's product with 16 columns takes two thirds of the time of that with 10 (CPU, one core).
-    more = -x.shape[1] % COLUMNS if padded and x.shape[1] > 1 else 0
+    more = -columns % COLUMNS if padded and columns > 1 else 0
     while done < max_iterations:
         now = np.linalg.norm(residual, axis=0)
         unit = np.where(now > 0, now, 1)
@@ -363,7 +364,7 @@ def _restarted(
         done += int(out.iterations)
         if out.indefinite:
             return x, best, done, out, NOT_POSITIVE_DEFINITE
-        trial = x + np.asarray(out.x, np.float64)[:, : x.shape[1]] * unit
+        trial = x + np.asarray(out.x, np.float64)[:, :columns] * unit
         residual = residual_of(trial)
         size = float(dense_solve.relative(residual, target))
         if not size < best:
