@@ -164,7 +164,8 @@ def test_networks_that_mix_positions(case):
         kernel_fn = network()[2]
         once = jax.jit(lambda x: kernel_fn(x, None, "ntk"))(x32)
         again = kernel_fn(x32, None, "ntk")
-    worst = [np.max(np.abs(np.asarray(k, np.float64) - exact)[0]) for k in (once, again)]
+    near = np.s_[:15, :15]  # the point and what is within 0.1 of it, of any norm
+    worst = [np.max(np.abs(np.asarray(k, np.float64) - exact)[near]) for k in (once, again)]
     assert worst[1] <= worst[0] / 100
 
 
