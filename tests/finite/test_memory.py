@@ -80,6 +80,7 @@ def test_peak_in_fresh_processes(network):
     assert measured[0]["temporary"] < measured[-1]["temporary"]
 
 
+@pytest.mark.slow
 def test_gradients_of_a_weight_in_slices(rtol):
     """A weight's gradients need not fit the budget: the kernel is summed over slices of it."""
     p = [normal(0, 3, 3, 2, 24) / 4, normal(1, 3, 3, 24, 41) / 15, normal(2, 41, 3) / 6]

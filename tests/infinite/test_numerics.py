@@ -73,8 +73,11 @@ def dense(phi, depth, b_std=0.125):
     return network
 
 
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("Abs", "LeakyRelu", "Gelu")]
+
+
 @pytest.mark.parametrize("depth", [3, 20])
-@pytest.mark.parametrize("name", ["Relu", "Abs", "LeakyRelu", "Erf", "Gelu"])
+@pytest.mark.parametrize("name", ["Relu", "Erf", *OTHERS])
 def test_dense_networks(name, depth):
     phi = {"LeakyRelu": lambda: stax.LeakyRelu(0.25)}.get(name, getattr(stax, name))
     check(dense(phi, depth), families((50,)))
@@ -87,7 +90,7 @@ def test_dense_networks_of_positive_inputs_in_blocks():
 
 
 @pytest.mark.parametrize("planned", [False, True])
-@pytest.mark.parametrize("depth", [2, 10])
+@pytest.mark.parametrize("depth", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_flattened_convolutions(depth, planned):
     def network():
         conv = [stax.Conv(1, (3, 3), padding="SAME", W_std=1.375, b_std=0.125), stax.Relu()]
@@ -169,6 +172,7 @@ def test_networks_that_mix_positions(case):
     assert worst[1] <= worst[0] / 100
 
 
+@pytest.mark.slow
 def test_near_pairs_of_two_batches_in_tiles():
     """Groups of near inputs, found wherever they are, in tiles of the budget and with a mask."""
     x = families((4, 4, 2))

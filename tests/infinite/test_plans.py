@@ -79,8 +79,25 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("body", BODIES)
+QUICK = {
+    ("conv", "flat"),
+    ("strides", "global"),
+    ("torus", "flat"),
+    ("residual", "global"),
+    ("repeat", "global"),
+    ("pool", "deep end"),
+    ("overlapping", "global"),
+}
+
+
+@pytest.mark.parametrize(
+    ("body", "end"),
+    [
+        pytest.param(body, end, marks=() if (body, end) in QUICK else pytest.mark.slow)
+        for body in BODIES
+        for end in ENDS
+    ],
+)
 def test_planes_are_the_trivial_plan(body, end, x64):
     body_end = stax.serial(BODIES[body](), ENDS[end]())
     if body == "pool" and end != "deep end":
@@ -91,7 +108,7 @@ def test_planes_are_the_trivial_plan(body, end, x64):
 @pytest.mark.parametrize(
     "body", ["pool", *(pytest.param(b, marks=pytest.mark.slow) for b in ("strides", "residual"))]
 )
-@pytest.mark.parametrize("end", ["flat", "global"])
+@pytest.mark.parametrize("end", ["global", pytest.param("flat", marks=pytest.mark.slow)])
 def test_planes_of_two_batches(body, end, x64):
     kernel_fn = stax.serial(BODIES[body](), conv(), ENDS[end]())[2]
     assert_close(*planned(executors.ByPlanes(least=1), kernel_fn, X, Y), x64)
@@ -165,7 +182,9 @@ GRADIENTS = {
 }
 
 
-@pytest.mark.parametrize("case", ["blocks", "flat", pytest.param("global", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case", ["blocks", *(pytest.param(c, marks=pytest.mark.slow) for c in ("flat", "global"))]
+)
 def test_gradients_through_blocks_and_planes(case, x64):
     executor, layers = GRADIENTS[case]()
     kernel_fn, x = stax.serial(*layers)[2], X[:, 0, 0] if case == "blocks" else X[:2]
