@@ -100,6 +100,7 @@ def test_flattened_convolutions(depth, planned):
     check(network, families((5, 4, 2)), executor)
 
 
+@pytest.mark.slow
 def test_flatten_and_go_on():
     def network():
         return stax.serial(

@@ -84,9 +84,7 @@ QUICK = {
     ("strides", "global"),
     ("torus", "flat"),
     ("residual", "global"),
-    ("repeat", "global"),
     ("pool", "deep end"),
-    ("overlapping", "global"),
 }
 
 
