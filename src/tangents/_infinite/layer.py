@@ -26,6 +26,7 @@ from tangents._infinite.masking import join_masks, split_masks
 from tangents._infinite.near import near_pairs, refined
 from tangents._infinite.planner import (
     Plan,
+    batch_sizes,
     cast_hyperparameters,
     check_batch_axes,
     compute,
@@ -247,7 +248,7 @@ class KernelFn:
         if symmetric and patterns[0] is not patterns[1]:
             x2, mask2 = x1, mask1  # one input on two graphs: its sides differ
         node = cast_hyperparameters(self.node)
-        n1, n2 = _batch_sizes(plan, x1, x1 if x2 is None else x2)
+        n1, n2 = batch_sizes(plan, x1, x1 if x2 is None else x2)
         sides = ((x1, mask1, patterns[0]), (x2, mask2, patterns[1]))
 
         def tile(i1, i2, one_block, node=node):
@@ -343,7 +344,7 @@ class KernelFn:
             kwargs.get("diagonal_batch"),
             kwargs.get("diagonal_spatial"),
         )
-        n1, n2 = _batch_sizes(plan, x1, x1 if x2 is None else x2)
+        n1, n2 = batch_sizes(plan, x1, x1 if x2 is None else x2)
         listed, _ = stages(self.node, input_signals(plan, x1), plan.need)
         sizes = self._tile_sizes(self.node, plan, x1, n1, n2, memory)
         return f"{explanation(listed, n1, n2, sizes)}\n{describe(self.node, plan, x1, x2)}"
@@ -407,10 +408,3 @@ def _collapse(mask: Any, axes: Any) -> Any:
     if isinstance(mask, list):
         return [_collapse(m, a) for m, a in zip(mask, axes, strict=True)]
     return mask if mask is None or not isinstance(axes[1], int) else collapse_mask(mask, axes[1])
-
-
-def _batch_sizes(plan: Plan, x1: Any, x2: Any) -> tuple[int, int]:
-    axes = plan.axes
-    while isinstance(x1, list):
-        x1, x2, axes = x1[0], x2[0], axes[0]
-    return x1.shape[axes[0]], x2.shape[axes[0]]

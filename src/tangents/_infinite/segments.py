@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from tangents._infinite.blocks import resize
 from tangents._infinite.execute import State, run
 from tangents._infinite.graph import Node, Parallel, Repeat, Serial
 from tangents._infinite.layers.window import Padding
@@ -251,10 +252,7 @@ def _same(pairs: Pairs, axes: tuple[Axis, ...], offset: Any) -> Any:
 
 def plane_state(segment: Segment, tile: Any, side: Any, planes: Planes, n: int) -> State:
     """The state before a segment: of planes with a tile, of variances without one."""
-    signal = segment.before
-    shape = list(signal.shape)
-    shape[signal.batch_axis] = n
-    signal = signal.replace(shape=tuple(shape))
+    signal = resize(segment.before, n)
     return State(
         tile=tile,
         side1=side,
