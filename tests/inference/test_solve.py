@@ -110,6 +110,27 @@ def test_not_finite(method):
     k, y = (as_float(a) for a in prescribed(1e2))
     with pytest.raises(SolveError, match="NaN or infinite"):
         solve(k, y.at[3, 1].set(jnp.nan), method=method)
+    with pytest.raises(SolveError, match="NaN or infinite"):
+        solve(k.at[3, 1].set(jnp.nan).at[1, 3].set(jnp.nan), y, 1e-2, method=method)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_an_operator_that_is_not_finite(traced):
+    k, y = (as_float(a) for a in prescribed(1e2))
+    run = lambda k: solve(Operator(k), y, 1e-2, method="cg", preconditioner=None, throw=False)
+    result = (jax.jit(run) if traced else run)(k.at[3, 1].set(jnp.inf))
+    assert "NaN or infinite" in str(result.remedy)
+
+
+def test_preconditioner_of_a_kernel_of_low_rank():
+    # Fewer directions than columns, no ridge: the Gram matrix of the columns is singular.
+    rng = np.random.default_rng(0)
+    factor = rng.normal(size=(N, 20))
+    k = as_float(factor @ factor.T)
+    y = k @ as_float(rng.normal(size=(N, 2)))
+    for wrap in (lambda k: k, Operator):
+        result = solve(wrap(k), y, method="cg", rtol=1e-4, preconditioner=40)
+        assert result.success and int(result.iterations) < 20
 
 
 def test_regularisation_path_is_one_solve_per_ridge(x64):

@@ -63,6 +63,25 @@ def eigh(k: np.ndarray, ridge: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     return values, vectors
 
 
+def gram(f: np.ndarray) -> np.ndarray:
+    """The triangle of Fᵀ F that `cholesky` reads, zeros elsewhere; F (n, r).
+
+    Computed in the precision of F, returned in float64.
+    """
+    from scipy.linalg import get_blas_funcs
+
+    syrk: Any = get_blas_funcs(("syrk",), dtype=f.dtype)[0]
+    return syrk(1.0, f.T, lower=1).astype(np.float64).T
+
+
+def whitened(f: np.ndarray, lower: np.ndarray) -> np.ndarray:
+    """F L⁻ᵀ in the precision of F (n, r)."""
+    from scipy.linalg import get_blas_funcs
+
+    trsm: Any = get_blas_funcs(("trsm",), dtype=f.dtype)[0]
+    return trsm(1.0, lower.astype(f.dtype), f.T, lower=1).T
+
+
 def product64(k: np.ndarray, x: np.ndarray, rows: int = 256) -> np.ndarray:
     """K x in float64 for a symmetric matrix of any precision and x (n, c) in float64."""
     from scipy.linalg import get_blas_funcs

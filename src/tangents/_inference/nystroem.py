@@ -1,11 +1,12 @@
 """Nyström preconditioners: a low-rank part of K that is inverted exactly.
 
-For K ≈ U diag(λ) Uᵀ of rank r (Frangella, Tropp, Udell 2023, eq. 5.3)
+For K ≈ F Fᵀ of rank r, with eigenvalues λ down to λ_r, and a ridge ρ
 
-    P⁻¹ v = v + U ((λ_r + ρ) / (λ + ρ) − 1) Uᵀ v,
+    P = F Fᵀ + (λ_r + ρ) I,
 
-where ρ is the ridge and λ_r the smallest eigenvalue kept. The rank grows until what is left is no
-larger than the ridge, or no longer pays.
+which is that of Frangella, Tropp, Udell 2023 (eq. 5.3) but for λ + λ_r + ρ in place of λ + ρ, a
+factor of 2 at most. The rank grows until what is left is no larger than the ridge, or no longer
+pays.
 
     columns_of   a matrix: columns picked by randomly pivoted Cholesky (Chen, Epperly, Tropp, Webber
                  2023): r columns are read, no product with K is needed
@@ -22,6 +23,7 @@ import numpy as np
 
 from tangents._core.precision import DEFAULT as HIGHEST
 from tangents._core.typing import Array
+from tangents._inference import lapack
 
 Apply = Callable[[Array], Array]
 
@@ -91,21 +93,43 @@ def sketch_of(
 
 
 def preconditioner(factor: Array, ridge: float) -> Apply:
-    """P⁻¹ from F with F Fᵀ ≈ K."""
+    """P⁻¹ from F with F Fᵀ ≈ K: P = F Fᵀ + μI with μ = λ_r + ρ, up to the factor μ.
+
+    By Woodbury P⁻¹ = I − B Bᵀ with B = F L⁻ᵀ, L Lᵀ = Fᵀ F + μI. No eigenvectors are needed: of a
+    rank of 2000 they took 2.9 s, this takes 1.5.
+    """
     if factor.shape[1] == 0:
         return lambda v: v
-    gram = np.asarray(jnp.matmul(factor.T, factor, precision=HIGHEST), np.float64)
-    values, vectors = np.linalg.eigh(gram)
-    good = values > 1e-12 * values[-1]
-    values, vectors = values[good], vectors[:, good]
-    basis = jnp.matmul(
-        factor, jnp.asarray(vectors / np.sqrt(values), factor.dtype), precision=HIGHEST
+    host = np.asarray(factor)
+    # In the precision of F: its columns are graded, and rounding is relative to each of them.
+    gram = lapack.gram(host)
+    first = _factorised(gram, ridge)
+    level = 1 / _largest_of_inverse(first)
+    return jax.tree_util.Partial(
+        _apply, jnp.asarray(lapack.whitened(host, _factorised(gram, level)))
     )
-    gains = jnp.asarray((values[0] + ridge) / (values + ridge) - 1, factor.dtype)[:, None]
-    return jax.tree_util.Partial(_apply, basis, gains)
+
+
+def _factorised(gram: np.ndarray, shift: float) -> np.ndarray:
+    """Cholesky factor of the Gram matrix plus the shift, or plus the first that makes one exist."""
+    trace = float(np.trace(gram))
+    for attempt in [shift, *(trace * 10.0**p for p in range(-15, 1))]:
+        if attempt >= shift and (lower := lapack.cholesky(gram, attempt, np.float64)) is not None:
+            return lower
+    raise FloatingPointError("solve: the products of the kernel are not finite.")
+
+
+def _largest_of_inverse(lower: np.ndarray, steps: int = 4) -> float:
+    """Largest eigenvalue of (L Lᵀ)⁻¹ by power iteration; near enough from below."""
+    v, size = np.random.default_rng(0).normal(size=(lower.shape[0], 1)), 1.0
+    for _ in range(steps):
+        v = lapack.cholesky_solve(lower, v / np.linalg.norm(v))
+        size = float(np.linalg.norm(v))
+    return size
 
 
 @jax.jit
-def _apply(basis: Array, gains: Array, v: Array) -> Array:
-    inside = jnp.matmul(basis.T, v, precision=HIGHEST)
-    return v + jnp.matmul(basis, gains * inside, precision=HIGHEST)
+def _apply(basis: Array, v: Array) -> Array:
+    # vᵀ B rather than Bᵀ v: half of the time on CPUs.
+    inside = jnp.matmul(v.T, basis, precision=HIGHEST).T
+    return v - jnp.matmul(basis, inside, precision=HIGHEST)

@@ -182,10 +182,13 @@ def _by_cg(
         apply = lambda v: _dense_product(kernel, shift, v)
     else:
         apply = lambda v: jnp.asarray(kernel @ v) + shift * v
-    # An operator may hold tracers that cannot be seen from outside: its product shows them.
-    if is_concrete(y, ridge, kernel if dense else ()) and (
-        dense or is_concrete(jnp.asarray(kernel @ y[:, :1].astype(dtype)))
-    ):
+    # An operator may hold tracers that cannot be seen from outside: its product shows them, and
+    # entries that are NaN or infinite.
+    mean = jnp.full((y.shape[0], 1), 1 / y.shape[0], dtype)
+    finite = jnp.all(jnp.isfinite(kernel if dense else jnp.asarray(kernel @ mean)))
+    if is_concrete(y, ridge, finite):
+        if not finite:
+            return solution("cg", jnp.full_like(y, jnp.nan), status=NOT_FINITE)
         return _cg_eagerly(
             kernel, apply, y, float(ridge), rtol, max_iterations, preconditioner, progress
         )
@@ -216,7 +219,7 @@ def _by_cg(
         residual=residual,
         condition=out.condition,
         iterations=out.iterations,
-        status=jnp.where(jnp.all(jnp.isfinite(y)), status, NOT_FINITE),
+        status=jnp.where(finite & jnp.all(jnp.isfinite(y)), status, NOT_FINITE),
         smallest_eigenvalue=jnp.where(out.indefinite, out.rayleigh, jnp.nan),
         needed_ridge=jnp.where(out.indefinite, ridge + 2 * jnp.abs(out.rayleigh), jnp.nan),
     )
