@@ -50,6 +50,19 @@ class Factorisation:
             self._kept[name] = compute()
         return self._kept[name]
 
+    def computed(self) -> dict[str, Any]:
+        """The eigendecomposition and Cholesky factors so far, as data."""
+        return {name: kept for name, kept in self._kept.items() if name != "matrix"}
+
+    def take_over(self, computed: dict[str, Any]) -> None:
+        """Keep what another factorisation of the same matrix has computed."""
+        for name, (first, second) in computed.items():
+            if name != "eigen" and self._on_host:
+                # LAPACK reads it column by column.
+                first = None if first is None else np.asfortranarray(first)
+                second = np.bool_(second)
+            self._kept[name] = (first, second)
+
     def matrix(self) -> Array:
         """K + r I."""
         return self._keep("matrix", lambda: regularise(self._k, self._diag_reg, self._absolute))

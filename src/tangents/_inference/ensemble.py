@@ -37,6 +37,7 @@ from tangents._inference.layout import (
     matrix,
 )
 from tangents._inference.matrix_functions import function_product
+from tangents._inference.predictor import Predictor
 
 KernelFn = Callable[..., Any]
 CALLER = "gradient_descent_mse_ensemble"
@@ -122,7 +123,18 @@ def gradient_descent_mse_ensemble(
             results = ensemble.at_times(t, names, x_test, compute_cov, kernel_fn_test_test_kwargs)
         return select("Gaussians", wanted, results)
 
-    return predict_fn
+    arguments = dict(
+        kernel_fn=kernel_fn,
+        x_train=x_train,
+        y_train=y_train,
+        learning_rate=learning_rate,
+        diag_reg=diag_reg,
+        diag_reg_absolute_scale=diag_reg_absolute_scale,
+        trace_axes=trace_axes,
+        **kernel_fn_train_train_kwargs,
+    )
+    maker = gradient_descent_mse_ensemble
+    return Predictor(predict_fn, maker, arguments, ensemble.computed, ensemble.take_over)
 
 
 class _Ensemble:
@@ -166,6 +178,17 @@ class _Ensemble:
         if is_concrete(k):
             self.kept_factors[name] = made
         return made
+
+    def computed(self) -> dict[str, Any]:
+        """Kernels of the training set and their factors so far, as data."""
+        factors = {name: made.computed() for name, made in self.kept_factors.items()}
+        return {"kernels": dict(self.kept_kernels), "factors": factors}
+
+    def take_over(self, computed: dict[str, Any]) -> None:
+        """Keep what another ensemble of the same networks has computed."""
+        self.kept_kernels.update(computed["kernels"])
+        for name, factors in computed["factors"].items():
+            self.factor(name).take_over(factors)
 
     def test_kernels(self, x_test, needed, compute_cov, test_kwargs):
         """Kernels of (test, train) by name, and the NNGP of (test, test) for covariances."""

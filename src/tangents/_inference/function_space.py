@@ -34,6 +34,7 @@ from tangents._inference.layout import (
     is_concrete,
     matrix,
 )
+from tangents._inference.predictor import Predictor
 
 
 @jax.tree_util.register_dataclass
@@ -173,7 +174,19 @@ def gradient_descent(
             return out.fx_test
         return out.fx_train if out.fx_test is None else (out.fx_train, out.fx_test)
 
-    return predict_fn
+    arguments = {
+        "loss": loss,
+        "k_train_train": k_train_train,
+        "y_train": y_train,
+        "learning_rate": learning_rate,
+        "momentum": momentum,
+        "trace_axes": trace_axes,
+        "solver": solver,
+        "rtol": rtol,
+        "atol": atol,
+        "max_steps": max_steps,
+    }
+    return Predictor(predict_fn, gradient_descent, arguments)
 
 
 def _start(

@@ -29,6 +29,7 @@ from tangents._inference.layout import (
     from_matrix,
     matrix,
 )
+from tangents._inference.predictor import Predictor
 
 
 class Gaussian(NamedTuple):
@@ -158,7 +159,25 @@ def gp_inference(
         results = {name: predict_one(name, k_test_train, k_test_test) for name in names}
         return select("Gaussians", wanted, results)
 
-    return predict_fn
+    arguments = {
+        "k_train_train": k_train_train,
+        "y_train": y_train,
+        "diag_reg": diag_reg,
+        "diag_reg_absolute_scale": diag_reg_absolute_scale,
+        "trace_axes": trace_axes,
+    }
+
+    def take_over(computed: dict[str, Any]) -> None:
+        for name, factors_so_far in computed.items():
+            factor(name).take_over(factors_so_far)
+
+    return Predictor(
+        predict_fn,
+        gp_inference,
+        arguments,
+        lambda: {name: made.computed() for name, made in factors.items()},
+        take_over,
+    )
 
 
 def limit(

@@ -21,6 +21,7 @@ from tangents._inference.layout import (
     matrix,
 )
 from tangents._inference.matrix_functions import function_product
+from tangents._inference.predictor import Predictor
 
 PredictMSE = Callable[..., Any]
 
@@ -108,7 +109,17 @@ def gradient_descent_mse(
         train, test = outputs
         return test if train is None else train if test is None else (train, test)
 
-    return predict_fn
+    arguments = {
+        "k_train_train": k_train_train,
+        "y_train": y_train,
+        "learning_rate": learning_rate,
+        "diag_reg": diag_reg,
+        "diag_reg_absolute_scale": diag_reg_absolute_scale,
+        "trace_axes": trace_axes,
+    }
+    return Predictor(
+        predict_fn, gradient_descent_mse, arguments, factors.computed, factors.take_over
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

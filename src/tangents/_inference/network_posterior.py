@@ -21,6 +21,7 @@ from tangents._core.precision import DEFAULT as HIGHEST
 from tangents._core.typing import ApplyFn, Array, PyTree
 from tangents._finite.operator import ntk_operator
 from tangents._inference.gaussian_process import Gaussian
+from tangents._inference.predictor import Recipe
 from tangents._inference.solve import solve
 
 
@@ -36,6 +37,16 @@ class NetworkPosterior:
     prior_variance: float
     mean_weights: Array | None
     solve_options: dict[str, Any]
+
+    def recipe(self) -> Recipe:
+        """How to make it again; what it has computed are the weights of its mean."""
+        arguments = {name: getattr(self, name) for name in ("f", "params", "x_train")}
+        arguments |= {"noise": self.noise, "prior_variance": self.prior_variance}
+        return Recipe("network_posterior", arguments | self.solve_options, self.mean_weights)
+
+    def resumed(self, computed: Array | None) -> NetworkPosterior:
+        """Itself, with the mean of another."""
+        return replace(self, mean_weights=computed)
 
     def predict(
         self, x: PyTree, *, full_covariance: bool = False, chunk: int = 64, noise: bool = False
