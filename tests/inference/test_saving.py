@@ -195,7 +195,7 @@ def test_predictors_saved_and_loaded(name, used, kernel, tmp_path):
         tangents.load(path, other=network, **functions)
 
 
-def test_a_loaded_predictor_goes_on_with_its_factors(kernel, tmp_path, monkeypatch):
+def test_a_loaded_predictor_goes_on_with_its_factors(kernel, tmp_path, monkeypatch, x64):
     from tangents._inference import lapack
 
     made, _, ask = fitted("mse", kernel)
@@ -208,7 +208,9 @@ def test_a_loaded_predictor_goes_on_with_its_factors(kernel, tmp_path, monkeypat
         raise AssertionError("factored again")
 
     monkeypatch.setattr(lapack, "eigh", again)
-    monkeypatch.setattr(lapack, "cholesky", again)
+    if x64:
+        # Where JAX has no float64, a factor in float64 is not loaded: it would be rounded.
+        monkeypatch.setattr(lapack, "cholesky", again)
     ask(loaded)
     with pytest.raises(AssertionError, match="factored again"):
         ask(fitted("mse", kernel)[0])

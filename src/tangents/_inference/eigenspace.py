@@ -57,10 +57,12 @@ class Factorisation:
     def take_over(self, computed: dict[str, Any]) -> None:
         """Keep what another factorisation of the same matrix has computed."""
         for name, (first, second) in computed.items():
-            if name != "eigen" and self._on_host:
-                # LAPACK reads it column by column.
-                first = None if first is None else np.asfortranarray(first)
-                second = np.bool_(second)
+            if name != "eigen" and first is not None:
+                if name != f"factor {first.dtype}":
+                    continue  # rounded on its way, where JAX has no float64: computed again
+                if self._on_host:
+                    # LAPACK reads it column by column.
+                    first, second = np.asfortranarray(first), np.bool_(second)
             self._kept[name] = (first, second)
 
     def matrix(self) -> Array:
