@@ -109,6 +109,9 @@ INDEPENDENT = {
     "class token": (with_token, TOKENS),
     "rank one": (lambda w, x: jnp.einsum("ni,ij,nj->n", x, w, x), X),
     "positions": (lambda w, x: (x + jnp.arange(5.0, dtype=x.dtype)[:, None]) @ w, TOKENS),
+    "outer sum": (lambda w, x: x[:, :, None] * w + x[:, None] / w.shape[0], X),
+    "one-hot": (lambda w, x: jax.nn.one_hot(jnp.argmax(x, -1), 3, dtype=x.dtype) @ w, X),
+    "normalised": (lambda w, x: (x - x.mean(-1, keepdims=True)) / (1 + x.std(-1)[:, None]) @ w, X),
     "sorted": (lambda w, x: jnp.sort(x @ w, -1) + jnp.cumsum(x, -1), X),
 }
 MIXED = {
@@ -125,6 +128,12 @@ UNKNOWN = {
     "numbered start": (numbered_start, TOKENS),
     "numbered product": (numbered_product, X),
     "divided by the batch": (lambda w, x: x @ w / x.shape[0], X),
+    "another alone": (lambda w, x: jnp.sin(x @ w) if len(x) == 1 else jnp.tanh(x @ w), X),
+    "another scale alone": (lambda w, x: (3.0 if len(x) == 1 else 2.0) * (x @ w), X),
+    "another start alone": (lambda w, x: jnp.full(x.shape, 1.0 * (len(x) > 1)) @ w + x, X),
+    "another part alone": (lambda w, x: (x[:, :2] if len(x) == 1 else x[:, 1:]) @ w[1:], X),
+    # Of one example the products are taken in another order.
+    "three operands": (lambda w, x: jnp.einsum("ni,ij,jk->nk", x, w, w), X),
     "one by one": (lambda w, x: jnp.stack([jnp.tanh(x[k] @ w) for k in range(len(x))]), X),
     "values": (lambda w, x: x @ w if float(np.asarray(x)[0, 0]) > -100 else x, X),
 }

@@ -132,6 +132,30 @@ def test_convolutions_under_budgets():
         assert compiled.memory_analysis().temp_size_in_bytes <= budget
 
 
+def test_weights_computed_from_others_under_budgets(rtol):
+    """Gradients in B·A are made whole, and counted; the plan names what is whole."""
+
+    def f(p, x):
+        h = jnp.tanh(x @ (p["w"] + p["b"] @ p["a"]))
+        v = p["v"] / jnp.linalg.norm(p["v"], axis=0)
+        return jnp.tanh(h @ (v * p["g"])) @ p["head"]
+
+    shapes = {"w": (40, 200), "b": (40, 2), "a": (2, 200), "v": (200, 50), "g": (50,)}
+    p = {name: normal(k, *shape) / 10 for k, (name, shape) in enumerate(shapes.items())}
+    p["head"] = normal(9, 50, 3)
+    x = normal(10, 12, 40)
+    kernel = lambda memory: jax.jit(nt.empirical_ntk_fn(f, (), (), 0, 3, memory=memory))
+    expected = nt.empirical_ntk_fn(f, (), implementation=1)(x, None, p)
+    assert kernel(None).lower(x, None, p).compile().memory_analysis().temp_size_in_bytes > 3 * 2**20
+    for budget in (3 * 2**20, 2**24):
+        compiled = kernel(budget).lower(x, None, p).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes <= budget
+        np.testing.assert_allclose(compiled(x, None, p), expected, rtol=10 * rtol, atol=10 * rtol)
+    plan = nt.ntk_operator(f, p, x, implementation=3).explain(())
+    row = next(line for line in plan.splitlines() if line.startswith("['a']"))
+    assert "of shape (40, 200) is computed from it" in row
+
+
 def test_a_kernel_larger_than_the_device_says_both_sizes():
     f = lambda p, x: jnp.tanh(x @ p)
     x, p = jnp.zeros((200_000, 2)), normal(0, 2, 100)

@@ -20,6 +20,12 @@ from tangents._finite.structure.contraction import Layout, PairLabels
 SKINNY = ((8, 6.0), (16, 3.0))
 """(rows, factor): a product G Gᵀ of so few rows runs so many times slower than a thick one."""
 THICK = 1.5
+SCATTERED = 32.0
+"""Multiply-adds in the time of adding one number of a row where data say."""
+MASKED = 16.0
+"""The same of comparing the rows of a pair of places, and of adding what they have in common."""
+PULLED = 3
+"""Copies of a gradient while it is pulled back through what a weight goes through before use."""
 AT_ONCE = 2
 """Weights that may be worked on at once; the sum over them is taken as they come."""
 
@@ -79,6 +85,8 @@ class Form:
     """Multiply-adds, weighted by how fast they run."""
     entries: float
     """Numbers held at once beside activations and cotangents."""
+    lasting: float = 0.0
+    """Of these the ones that are held as long as other weights are worked on."""
     pairs: tuple[tuple[int, int, str], ...] = ()
     """(use of side 1, use of side 2, 'gram' or 'crossed')."""
     slices: tuple[Slices, ...] = ()
@@ -86,20 +94,39 @@ class Form:
 
 
 def outer(
-    uses1: Sequence[Use], uses2: Sequence[Use], root: Root, extent: Extent, same: bool
+    uses1: Sequence[Use],
+    uses2: Sequence[Use],
+    root: Root,
+    extent: Extent,
+    same: bool,
+    blocks: int = 1,
 ) -> Form:
-    """Per-example gradients of the whole weight, then one product."""
+    """Per-example gradients of the whole weight, then one product.
+
+    Args:
+        uses1: of side 1.
+        uses2: of side 2.
+        root: the weight.
+        extent: what is worked on at once.
+        same: both sides are one.
+        blocks: of side 2, for which side 1 is kept.
+    """
     size = math.prod(root.shape)
-    work = 0.0
-    sides = ((uses1, extent.examples1, extent.seeds1), (uses2, extent.examples2, extent.seeds2))
-    for uses, examples, seeds in sides[: 1 if same else 2]:
-        work += sum(examples * seeds * _labels(use) for use in uses)
-    rows = extent.examples1 * extent.output1
+    making = [
+        sum(examples * seeds * _labels(use) for use in uses)
+        for uses, examples, seeds in (
+            (uses1, extent.examples1, extent.seeds1),
+            (uses2, extent.examples2, extent.seeds2),
+        )
+    ]
+    rows = min(extent.examples1 * extent.output1, extent.examples2 * extent.output2)
     skinny = next((factor for limit, factor in SKINNY if rows <= limit), THICK)
     both = extent.traced * extent.kept * extent.output1 * extent.output2
+    work = making[0] / blocks + (0 if same else making[1])
     work += skinny * extent.examples1 * extent.examples2 * both * size
-    held = extent.examples1 * extent.seeds1 + (0 if same else extent.examples2 * extent.seeds2)
-    return Form("outer", work, held * size)
+    mine = extent.examples1 * extent.seeds1 * size
+    held = mine + (0 if same else extent.examples2 * extent.seeds2 * size)
+    return Form("outer", work, held, mine if blocks > 1 else 0)
 
 
 def sliced(
@@ -145,10 +172,15 @@ def sliced(
         width = min(axis[0], int(wanted) // across)
         held = max(held, both * width * across / size)
         parts.append(Slices(tuple(k for k, _ in mine), tuple(k for k, _ in other), axis, width))
-    return replace(whole, entries=held, slices=tuple(parts)) if parts else None
+    # What is kept of side 1 for several blocks of side 2 cannot be slices.
+    return replace(whole, entries=held, lasting=0.0, slices=tuple(parts)) if parts else None
 
 
-def _labels(use: Use) -> int:
+def _labels(use: Use) -> float:
+    """Multiply-adds of a gradient of one example and seed."""
+    if use.factored.rows:
+        written = math.prod(size for _, size, _ in use.weight)
+        return SCATTERED * math.prod(use.sizes[label] for label in use.cotangent) + written
     names = {*use.cotangent, *(use.activation or ())}
     return math.prod(use.sizes[label] for label in names)
 
@@ -179,14 +211,14 @@ def in_pairs(
             return None
         labels = contraction.label_pair(first, second, match, layout)
         sizes = extent.sizes() | labels.sizes
-        both = first.factored.equality and second.factored.equality
-        ways = [("gram", _gram(labels, sizes, layout, both))]
+        both = contraction.same_rows(first, second, match)
+        ways = [("gram", _gram(labels, sizes, layout, (first, second) if both else None))]
         if not both:
             ways.append(("crossed", _crossed(labels, sizes, layout)))
         name, (cost, held) = min(ways, key=lambda way: way[1][0])
         work, entries = work + cost, max(entries, held)
         pairs.append((i, j, name))
-    return Form("pairs", work, entries, tuple(pairs))
+    return Form("pairs", work, entries, pairs=tuple(pairs))
 
 
 def at_output(
@@ -201,16 +233,19 @@ def at_output(
     examples = extent.examples1 * extent.examples2
     entries = float(examples * extent.kept * extent.output1 * extent.output2)
     summed = max(math.prod(use.sizes[k] for k in use.activation or ()) for _, use in uses1)
-    return Form("unit", len(pairs) * (entries + examples * summed), entries, pairs)
+    return Form("unit", len(pairs) * (entries + examples * summed), entries, pairs=pairs)
 
 
 def _gram(
-    labels: PairLabels, sizes: dict[int, int], layout: Layout, equality: bool
+    labels: PairLabels, sizes: dict[int, int], layout: Layout, rows: tuple[Use, Use] | None
 ) -> tuple[float, float]:
+    """`rows`: the uses, if their activations are compared, not multiplied."""
     a1, a2 = labels.activation1, labels.activation2
-    if equality:
-        a1, a2 = a1[:-1], a2[:-1]
-    return _products((a1, a2), (labels.cotangent1, labels.cotangent2), sizes, layout)
+    if rows is None:
+        return _products((a1, a2), (labels.cotangent1, labels.cotangent2), sizes, layout)
+    a1, a2 = (a[: len(a) - len(use.factored.rows)] for a, use in zip((a1, a2), rows, strict=True))
+    work, held = _products((a1, a2), (labels.cotangent1, labels.cotangent2), sizes, layout)
+    return work + MASKED * math.prod(sizes[k] for k in {*a1, *a2}), held
 
 
 def _crossed(labels: PairLabels, sizes: dict[int, int], layout: Layout) -> tuple[float, float]:
@@ -253,6 +288,9 @@ class Footprint:
     """Probes, for each seed."""
     transient: int
     """The largest values of the backward pass, for each seed."""
+    computed: int = 0
+    """Entries of values that are computed from weights, for each seed: gradients in them are made
+    whole, all together, and pulled back to the weights."""
     kernels: int = 0
     """Kernels of convolutions: the backward pass keeps each of them flipped, its axes exchanged,
     and one more is held in the order that the library wants. Once, not for each example."""
@@ -260,16 +298,27 @@ class Footprint:
     @classmethod
     def of(cls, analysis: Analysis) -> Footprint:
         """Of a side's function of one example (of the batch, if nothing is promised)."""
-        activations = sum(
-            math.prod(use.sizes[label] for label in use.activation)
-            for use in analysis.uses
-            if use.activation is not None
-        )
+        activations = sum(_activation(use, analysis) for use in analysis.uses)
         total, largest = _values(analysis.plan)
         probes = sum(math.prod(p.shape) for p in analysis.live_probes.values())
         kernels = _kernels(analysis.plan)
         copies = sum(kernels) + max(kernels, default=0)
-        return cls(activations + total, probes, 3 * largest, copies)
+        used = {use.root for use in analysis.uses}
+        roots = [r for k, r in enumerate(analysis.roots) if k in used and r.ref is not None]
+        computed = sum(math.prod(root.shape) for root in roots)
+        return cls(activations + total, probes, 3 * largest, PULLED * computed, copies)
+
+
+def _activation(use: Use, analysis: Analysis) -> int:
+    """Entries of A as it is held: a one-hot is so only where it meets what is none."""
+    if use.activation is None:
+        return 0
+    labels = use.activation
+    rows = use.factored.rows
+    others = [other for other in analysis.uses if other.root == use.root]
+    if rows and all(o.factored.rows == rows and o.weight == use.weight for o in others):
+        labels = labels[: len(labels) - len(rows)]
+    return math.prod(use.sizes[label] for label in labels)
 
 
 def _kernels(plan: Plan) -> list[int]:
@@ -366,8 +415,10 @@ def working_bytes(
     for footprint, examples, seeds in sides:
         entries += examples * (footprint.forward + seeds * footprint.cotangent)
         entries += examples * seeds * max(footprint.transient, footprint.cotangent)
-    held = sorted((form.entries for form in forms), reverse=True)
-    entries += sum(held[:AT_ONCE])
+        entries += examples * seeds * footprint.computed
+    forms = list(forms)
+    held = sorted((form.entries - form.lasting for form in forms), reverse=True)
+    entries += sum(held[:AT_ONCE]) + sum(form.lasting for form in forms)
     return int(entries * itemsize)
 
 

@@ -29,11 +29,13 @@ def find(f: Network, leaves: list[Array], side: Side, out_tree: Any) -> VMapSpec
         return None
     # A batch of one says little: its axis is like any other of size one.
     size = max(spec.size, 2)
-    batch, resized = (_trace(f, leaves, side, spec, n) for n in (size, size + 1))
-    if batch is None or resized is None:
+    # One example at a time is what will be computed: a network that does something else with a
+    # batch of one (`if x.shape[0] == 1`) is not what the batch is.
+    batch, resized, single = (_trace(f, leaves, side, spec, n) for n in (size, size + 1, 1))
+    if batch is None or resized is None or single is None:
         return None
     axes = _axes(leaves, side, spec)
-    finding = examine(batch, axes, spec.out_axes, (resized, size, size + 1))
+    finding = examine(batch, axes, spec.out_axes, (resized, size, size + 1), single)
     if not finding.independent:
         return None
     one_example = lambda p: f(p, *spec.take(side.x, side.kwargs, slice(0, 1)))

@@ -45,6 +45,7 @@ def examine(
     axes: Sequence[int],
     out_axes: Sequence[int],
     resized: tuple[Any, int, int] | None = None,
+    single: Any = None,
 ) -> Finding:
     """Whether output entry i depends on example i alone.
 
@@ -55,6 +56,7 @@ def examine(
         resized: jaxpr of the network on a batch of another size, the size of the batch, and the
             other size. If it is given, it must be the same program: a network that divides by the
             size of its batch gives other numbers on a batch of one.
+        single: jaxpr on a batch of one, likewise; what only shapes arrays may be left out of it.
     """
     states: list[State] = [Shared() if a < 0 else Along(a) for a in axes]
     outputs = _walk(closed, states)
@@ -70,6 +72,10 @@ def examine(
             return Finding(False, "an output does not depend on the examples", False)
     if resized is not None and not _same_program(closed, resized[0], _Sizes(*resized[1:])):
         return Finding(False, "on a batch of another size the network is another program", False)
+    if resized is not None and single is not None:
+        sizes = _Sizes(resized[1], 1, every_step=False)
+        if not _same_program(closed, single, sizes):
+            return Finding(False, "on a batch of one the network is another program", False)
     return Finding(True)
 
 
@@ -226,6 +232,8 @@ def _cond(eqn: Any, states: list[State]) -> list[State]:
 
 SIZES = {"new_sizes", "shape", "limit_indices", "slice_sizes", "sizes"}
 """Parameters of equations that may hold the number of examples."""
+SHAPING = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims"}
+"""Steps that give an array another shape."""
 
 
 @dataclass(frozen=True)
@@ -234,6 +242,13 @@ class _Sizes:
 
     one: int
     other: int
+    every_step: bool = True
+    """Whether steps that only shape arrays count: those of size one need fewer of them."""
+
+    def counts(self, equation: Any) -> bool:
+        """Whether an equation has to be in both."""
+        constant = any(isinstance(atom, jex.Literal) for atom in equation.invars)
+        return self.every_step or constant or equation.primitive.name not in SHAPING
 
     def agree(self, a: Any, b: Any) -> bool:
         """Whether sizes differ in nothing but the number of examples."""
@@ -245,10 +260,11 @@ class _Sizes:
 def _same_program(batch: Any, resized: Any, sizes: _Sizes) -> bool:
     one, other = getattr(batch, "jaxpr", batch), getattr(resized, "jaxpr", resized)
     consts = [getattr(closed, "consts", ()) for closed in (batch, resized)]
-    if len(one.eqns) != len(other.eqns) or len(consts[0]) != len(consts[1]):
+    steps = [[eqn for eqn in jaxpr.eqns if sizes.counts(eqn)] for jaxpr in (one, other)]
+    if len(steps[0]) != len(steps[1]) or len(consts[0]) != len(consts[1]):
         return False
     return all(_same_value(a, b) for a, b in zip(*consts, strict=True)) and all(
-        _same_equation(a, b, sizes) for a, b in zip(one.eqns, other.eqns, strict=True)
+        _same_equation(a, b, sizes) for a, b in zip(*steps, strict=True)
     )
 
 

@@ -23,7 +23,7 @@ from tangents._core.typing import Array
 from tangents._finite import cost
 from tangents._finite.cost import Extent, Footprint, Form
 from tangents._finite.problem import Problem
-from tangents._finite.structure import heads, terms
+from tangents._finite.structure import heads, table, terms
 from tangents._finite.structure.contraction import Layout
 from tangents._finite.structure.heads import Head, OutputAxes
 from tangents._finite.structure.passes import Passes, Traced
@@ -33,6 +33,8 @@ CACHE = 2**24
 """Bytes: working memory beyond which outputs are taken in chunks (see `LeafKernel._in_cache`)."""
 SLICE = 4096
 """Entries of a slice of a weight, no fewer while examples and outputs can be taken in chunks."""
+THIN = 32
+"""Rows (examples, outputs) of a chunk's matrix products: fewer only where the budget is small."""
 ROWS = 256
 """Rows (examples, outputs, positions) of a chunk's matrix products: no fewer than half of it."""
 
@@ -259,8 +261,10 @@ class LeafKernel:
     def _smaller(self, chunks: Extent) -> Extent | None:
         """The next smaller chunks: seeds first, for examples in chunks repeat forward passes."""
         halved = lambda name: replace(chunks, **{name: -(-getattr(chunks, name) // 2)})
+        thick = max(4, -(-THIN // max(1, chunks.examples1)))
         for least, names in (
             (8, ("traced",)),
+            (thick, ("kept", "output2", "output1")),
             (4, ("kept", "output2", "output1")),
             (8, ("examples",)),
             (1, ("traced", "kept", "output2", "output1")),
@@ -278,6 +282,12 @@ class LeafKernel:
                     return replace(chunks, examples1=size, examples2=size)
         return None
 
+    def _blocks_of_side2(self, chunks: Extent) -> int:
+        """Blocks of outputs of side 2 that meet one block of side 1 (see `_block`)."""
+        if (chunks.traced, chunks.kept) != (self.extent.traced, self.extent.kept):
+            return 1
+        return -(-self.extent.output2 // chunks.output2)
+
     def _forms(
         self, worked: Extent, free: float = math.inf, least: int = 1
     ) -> tuple[set[int], dict[int, Form]]:
@@ -289,6 +299,8 @@ class LeafKernel:
             least: entries in a slice of a weight, no fewer.
         """
         entries = max(free, 0) / self._itemsize / cost.AT_ONCE
+        shared = self._is_shared(worked)
+        blocks = self._blocks_of_side2(worked)
         dense = {
             weight
             for side in (self.side1, self.side2)
@@ -308,7 +320,7 @@ class LeafKernel:
                 forms[weight] = cost.at_output(uses1, uses2, root, worked, self.same)
                 continue
             outer = cost.outer(
-                [u for _, u in uses1], [u for _, u in uses2], root, worked, self.same
+                [u for _, u in uses1], [u for _, u in uses2], root, worked, shared, blocks
             )
             ways, pairs = [outer], None
             if weight not in dense:
@@ -326,38 +338,19 @@ class LeafKernel:
 
     def explain(self) -> str:
         """The plan as a table: weights, their uses, form, work in multiply-adds, bytes."""
-        analysis, chunks = self.side1.analysis, self.chunks
-        itemsize = self.side1.side.outputs[self.leaf].dtype.itemsize
-        rows = [("weight", "shape", "uses", "form", "multiply-adds", "bytes", "whole because")]
-        for weight, form in self.forms.items():
-            uses = [use for _, use in analysis.uses_of(weight)]
-            products = sorted({name for _, _, name in form.pairs})
-            rows.append(
-                (
-                    analysis.roots[weight].name or "params",
-                    str(analysis.roots[weight].shape),
-                    ", ".join(use.primitive for use in uses),
-                    " and ".join(products)
-                    if products
-                    else form.name + " in slices" * bool(form.slices),
-                    f"{form.work:.3g}",
-                    format_bytes(form.entries * itemsize),
-                    "; ".join(dict.fromkeys(use.reason for use in uses if use.reason)),
-                )
-            )
-        widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-        lines = [
-            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
-        ]
+        lines = table.rows(self.side1.analysis, self.forms, self._itemsize)
         examples = (
-            f"{chunks.examples1} × {chunks.examples2} examples, " if self.layout.mapped else ""
+            f"{self.chunks.examples1} × {self.chunks.examples2} examples, "
+            if self.layout.mapped
+            else ""
         )
         if self.head.axis is not None:
             size = self.shape1[self._logits(self.head.axis)]
             lines.append(f"the {size} logits come from {self.head.rank} numbers: passes for these")
-        at_once = f"{chunks.traced * chunks.kept * chunks.output1} outputs"
-        needed = format_bytes(self._bytes(chunks, self.forms))
-        lines.append(f"at once: {examples}{at_once}; about {needed} of working memory")
+        chunks = self.chunks
+        outputs = chunks.traced * chunks.kept * chunks.output1
+        needed = format_bytes(self.held)
+        lines.append(f"at once: {examples}{outputs} outputs; about {needed} of working memory")
         return "\n".join(lines)
 
     def _check_device(self) -> None:

@@ -69,7 +69,6 @@ def rule(step: Step, operand: int) -> Factored | None:
         save=lambda inputs, outputs: inputs[0],
         expand=lambda x: patches(x, params, kernel, sizes, positions, window),
         prepare=(lambda g: g.reshape(split)) if groups > 1 else None,
-        copies=math.prod(sizes[label] for label in window),
     )
 
 

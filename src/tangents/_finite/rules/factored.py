@@ -38,10 +38,9 @@ class Factored:
     """From what was kept to A with its labelled axes; None if that is A already."""
     prepare: Callable[[Array], Array] | None = None
     """From the derivative in y to G with its labelled axes; None if that is G already."""
-    equality: bool = False
-    """A is one where the kept integer is the index along the weight's first label: a one-hot."""
-    copies: int = 1
-    """How many times larger A is than what was kept."""
+    rows: Labels = ()
+    """The last labels of A, if it is a one-hot: what is kept is the (one, row-major) index along
+    them, or −1 for none."""
 
 
 Rule: TypeAlias = Callable[[Step, int], Factored | None]

@@ -379,7 +379,7 @@ class Analysis:
         ):
             return None, f"`{step.name}` is not of real arrays"
         factored = rule(step, operand)
-        if factored is None or (factored.equality and view.scaled):
+        if factored is None or (factored.rows and view.scaled):
             return None, f"`{step.name}` has no factored form in operand {operand}"
         return factored, ""
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -92,6 +92,8 @@ class Factors:
     Of size one along the examples where it is the same for all of them.
     """
     mapped: bool
+    sizes: dict[int, int] = field(default_factory=dict)
+    """Of labels of which this is a slice."""
 
     def __post_init__(self):
         """An activation that is missing would count as one."""
@@ -117,8 +119,7 @@ class Factors:
         """Of some of the examples; what is expanded or prepared is so once, for all of them."""
         kept = None if self.kept is None else cut(self.kept)
         part = Factors(self.use, kept, cut(self.derivative), self.mapped)
-        equality = self.use.factored.equality
-        if self.activation is not None and not equality:
+        if not self.use.factored.rows and self.activation is not None:
             part.__dict__["activation"] = cut(self.activation)
         part.__dict__["cotangent"] = cut(self.cotangent)
         return part
@@ -236,11 +237,55 @@ def gradient(f: Factors, layout: Layout) -> Array:
     examples = (EXAMPLE1,) if layout.mapped else ()
     use = f.use
     result = (*examples, *SEEDS1, *(FIRST + _code(use, label) for label, _, _ in use.weight))
+    return contract(_operands(f, layout), result, layout.precision)
+
+
+def _operands(f: Factors, layout: Layout) -> list[Term]:
+    """What the gradient is the contraction of: A and G, or of a one-hot what it makes of G."""
+    examples = (EXAMPLE1,) if layout.mapped else ()
+    use = f.use
+    if use.factored.rows:
+        return [_scattered(f, layout)]
     operands = [(f.cotangent, (*examples, *SEEDS1, *_codes(use, use.cotangent)))]
     if f.activation is not None:
         assert use.activation is not None
         operands.insert(0, (f.activation, (*examples, *_codes(use, use.activation))))
-    return contract(operands, result, layout.precision)
+    return operands
+
+
+def _scattered(f: Factors, layout: Layout) -> Term:
+    """The gradient of rows that data choose: rows of G added up where they were read.
+
+    Labels beside those of the weight may remain; they are to be summed over.
+    """
+    use, chosen = f.use, f.use.factored.rows
+    assert f.kept is not None and use.activation is not None
+    examples = (EXAMPLE1,) if layout.mapped else ()
+    own = {label for label, _, _ in use.weight}
+    where = use.activation[: len(use.activation) - len(chosen)]
+    # A stack that a loop goes through has the loop's axis itself.
+    stacked = tuple(k for k in where if k in own)
+    summed = tuple(k for k in where if k not in own)
+    rest = tuple(k for k in use.cotangent if k not in where)
+    sizes = use.sizes | f.sizes
+    lead = [*f.kept.shape[: len(examples)], *(sizes[k] for k in stacked)]
+    rows = math.prod(sizes[k] for k in chosen)
+
+    labels = (*examples, *SEEDS1, *_codes(use, use.cotangent))
+    order = (*examples, *_codes(use, (*stacked, *summed)), *SEEDS1, *_codes(use, rest))
+    g = _ordered(f.cotangent, labels, order)
+    g = g.astype(precision.accumulator(g.dtype))
+    window = g.shape[len(examples) + len(where) :]
+    g = jnp.broadcast_to(g, (*lead, *(sizes[k] for k in summed), *window))
+    index = _ordered(f.kept, (*examples, *_codes(use, where)), order[: len(examples) + len(where)])
+    total = math.prod(lead) * rows
+    first = jnp.arange(math.prod(lead), dtype=index.dtype) * rows
+    first = first.reshape(*lead, *[1] * len(summed))
+    index = jnp.where(index < 0, total, index + first).reshape(-1)  # out of bounds: dropped
+    zeros = jnp.zeros((total, math.prod(window)), g.dtype)
+    added = zeros.at[index].add(g.reshape(-1, math.prod(window)), mode="drop")
+    result = (*examples, *_codes(use, (*stacked, *chosen)), *SEEDS1, *_codes(use, rest))
+    return added.reshape(*lead, *(sizes[k] for k in chosen), *window), result
 
 
 def along(f: Factors, axis: tuple[int, int]) -> Callable[[Array | int, int], Factors]:
@@ -250,14 +295,20 @@ def along(f: Factors, axis: tuple[int, int]) -> Callable[[Array | int, int], Fac
     # Made here, not where a slice is cut: that may be inside a loop.
     whole: dict[str, tuple[Array | None, int | None]] = {}
     for name, labels, lead in (
-        ("activation", use.activation, f.mapped),
+        ("activation", None if use.factored.rows else use.activation, f.mapped),
         ("cotangent", use.cotangent, f.mapped + 3),
     ):
+        if name == "activation" and use.factored.rows:
+            continue  # not made
         place = lead + labels.index(label) if labels is not None and label in labels else None
         whole[name] = getattr(f, name), place
 
     def part(start: Array | int, width: int) -> Factors:
-        result = Factors(use, f.kept, f.derivative, f.mapped)
+        if use.factored.rows:
+            kept = _rows_within(f, label, start, width)
+            result = Factors(use, kept, f.derivative, f.mapped, {label: width})
+        else:
+            result = Factors(use, f.kept, f.derivative, f.mapped)
         for name, (array, place) in whole.items():
             if array is not None and place is not None:
                 array = lax.dynamic_slice_in_dim(array, start, width, place)
@@ -265,6 +316,22 @@ def along(f: Factors, axis: tuple[int, int]) -> Callable[[Array | int, int], Fac
         return result
 
     return part
+
+
+def _rows_within(f: Factors, label: int, start: Array | int, width: int) -> Array:
+    """The rows that were read, numbered in a slice of one of the axes they are chosen along."""
+    use, chosen = f.use, f.use.factored.rows
+    assert f.kept is not None and use.activation is not None
+    if label not in chosen:
+        where = use.activation[: len(use.activation) - len(chosen)]
+        if label not in where:
+            return f.kept
+        return lax.dynamic_slice_in_dim(f.kept, start, width, f.mapped + where.index(label))
+    count = use.sizes[label]
+    below = math.prod(use.sizes[k] for k in chosen[chosen.index(label) + 1 :])
+    at = f.kept // below % count - start
+    row = (f.kept // (below * count) * width + at) * below + f.kept % below
+    return jnp.where((f.kept >= 0) & (at >= 0) & (at < width), row, -1)
 
 
 def gradient_in_order(f: Factors, layout: Layout) -> Array:
@@ -323,11 +390,7 @@ def unordered_gradient(f: Factors, root: Root, layout: Layout) -> Term | None:
     examples = (EXAMPLE1,) if layout.mapped else ()
     names = {_code(use, use.weight[k][0]) + FIRST: FIRST + 1 + n for n, k in enumerate(order)}
     wanted = (*examples, *SEEDS1, *names)
-    operands = [(f.cotangent, (*examples, *SEEDS1, *_codes(use, use.cotangent)))]
-    if f.activation is not None:
-        assert use.activation is not None
-        operands.insert(0, (f.activation, (*examples, *_codes(use, use.activation))))
-    array, labels = _merged(operands, wanted, layout.precision)
+    array, labels = _merged(_operands(f, layout), wanted, layout.precision)
     if layout.mapped:
         if EXAMPLE1 not in labels:
             array, labels = array[None], (EXAMPLE1, *labels)
@@ -374,6 +437,13 @@ def matched(first: Use, second: Use) -> dict[int, int] | None:
     if set(axes) != {(size, stride) for _, size, stride in second.weight}:
         return None
     return {label: axes[size, stride] for label, size, stride in second.weight}
+
+
+def same_rows(first: Use, second: Use, match: dict[int, int]) -> bool:
+    """Whether both are rows that data choose, and equal numbers of rows are the same entries."""
+    rows1, rows2 = ([k for k in u.factored.rows if u.sizes[k] > 1] for u in (first, second))
+    both = bool(first.factored.rows) and bool(second.factored.rows)
+    return both and [match.get(k) for k in rows2] == rows1
 
 
 def apart(first: Use, second: Use, root: Root) -> bool:
@@ -425,8 +495,8 @@ class Products:
             (first.cotangent, labels.cotangent1),
             (second.cotangent, labels.cotangent2),
         ]
-        if first.use.factored.equality and second.use.factored.equality:
-            a, b = _equal(first, labels.activation1), _equal(second, labels.activation2)
+        if same_rows(first.use, second.use, match):
+            a, b = _chosen(first, labels.activation1), _chosen(second, labels.activation2)
             names = (*a[1], *(k for k in b[1] if k not in a[1]))
             same = spread(a, names) == spread(b, names)
             present = spread(a, names) >= 0
@@ -491,10 +561,10 @@ class Products:
         return array, tuple(own[i] for i in places)
 
 
-def _equal(factors: Factors, labels: tuple[int, ...]) -> Term:
-    """The indices that a one-hot stands for, its last label gone."""
+def _chosen(factors: Factors, labels: tuple[int, ...]) -> Term:
+    """The rows that a one-hot stands for, its labels gone."""
     assert factors.kept is not None
-    return factors.kept, labels[:-1]
+    return factors.kept, labels[: len(labels) - len(factors.use.factored.rows)]
 
 
 def spread(term: Term, labels: tuple[int, ...]) -> Array:

@@ -233,7 +233,7 @@ def _real(use: Use) -> list[int]:
 def is_unit_pair(first: Use, second: Use, axes: int) -> bool:
     """Whether `unit_term` applies to two uses at an output of so many axes (not of size one)."""
     match = matched(first, second)
-    if match is None or first.factored.equality or second.factored.equality:
+    if match is None or first.factored.rows or second.factored.rows:
         return False
     left, right = _real(first), _real(second)
     for label2, label1 in match.items():
