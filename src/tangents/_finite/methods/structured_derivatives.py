@@ -218,6 +218,37 @@ class LeafKernel:
             chunks = replace(chunks, traced=-(-chunks.traced // 2))
         return chunks
 
+    def _examples_in_cache(self, examples: int | None) -> int | None:
+        """Examples whose gradients are made at once, where those of all would leave the cache.
+
+        Of networks with convolutions, whose outputs are not taken in chunks: what is held of all
+        examples is their gradients alone. (A quarter of the time of such a call went into pages of
+        memory touched for the first time.) None for all at once.
+        """
+        outputs = lambda e: (e.traced, e.kept, e.output1, e.output2)
+        if (
+            examples is None
+            or examples < 2
+            or self.options.forward
+            or self.options.chunks is not None
+            or outputs(self.chunks) != outputs(self.extent)
+            or jax.default_backend() != "cpu"
+            or not cost.forward_work(self.side1.analysis.plan).convolutions
+        ):
+            return None
+        part = lambda n: self._worked_on(replace(self.chunks, examples1=n, examples2=n), {})
+        whole = part(examples)
+        if whole <= CACHE or self._gradients(examples) + part(1) > whole:
+            return None
+        sizes = (n for n in range(examples // 2, 1, -1) if examples % n == 0)
+        return next((n for n in sizes if part(n) <= CACHE), 1)
+
+    def _gradients(self, examples: int) -> float:
+        """Bytes of the gradients of all weights that are made as a whole."""
+        roots = self.side1.analysis.roots
+        entries = sum(math.prod(roots[weight].shape) for weight in self.dense)
+        return examples * self.chunks.seeds1 * entries * self._itemsize
+
     @property
     def _itemsize(self) -> int:
         leaves = (*self.side1.side.outputs, *self.side1.problem.leaves)
@@ -431,8 +462,11 @@ class LeafKernel:
 
         def terms_of(side: Traced, passes: Passes, seeds: Array) -> SideTerms:
             spread = not self.layout.mapped or self.layout.same_examples
-            factors = passes.factors(self.leaf, seeds, basis, spread=spread)
-            return SideTerms.of(side, factors, self.dense, layout)
+            factors = lambda some: some.factors(self.leaf, seeds, basis, spread=spread)
+            size = self._examples_in_cache(passes.size)
+            if size is None:
+                return SideTerms.of(side, factors(passes), self.dense, layout)
+            return SideTerms.by_parts(side, passes, size, factors, self.dense, layout)
 
         def contracted(mine: SideTerms, other: SideTerms) -> Array:
             if mine is other and self._mirrored:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -147,6 +148,33 @@ class Passes:
         lead = (self.size,) if self.traced.mapped else ()
         nothing = jnp.zeros(lead, analysis.probes[analysis.uses[use].probe].dtype)
         return Factors(analysis.uses[use], self.kept.get(use), nothing, self.traced.mapped)
+
+    def part(self, pull: Any, kept: dict[int, Array], size: int) -> Passes:
+        """Of some of the examples, from `stacked`."""
+        part = copy.copy(self)
+        part._pull, part.kept, part.size = pull, kept, size
+        shape = lambda y: jax.ShapeDtypeStruct((size, *y.shape[1:]), y.dtype)
+        part.outputs = [shape(y) for y in self.outputs]
+        return part
+
+    def over_parts(self, size: int, function: Callable[[Passes], Any]) -> Any:
+        """`function` of so many examples at a time, its results stacked; of all, if that is one.
+
+        A pullback keeps what differs between examples with an axis of them.
+        """
+        assert self.size is not None and self.size % size == 0
+        pull, tree = tree_util.tree_flatten(self._pull)
+        differs = tree_util.tree_leaves(self._own)
+        cut = lambda a: a.reshape(-1, size, *a.shape[1:])
+        own = [cut(a) for a, yes in zip(pull, differs, strict=True) if yes]
+        kept = {k: cut(a) for k, a in self.kept.items()}
+
+        def one(given: tuple[list[Array], dict[int, Array]]) -> Any:
+            mine = iter(given[0])
+            leaves = [next(mine) if yes else a for a, yes in zip(pull, differs, strict=True)]
+            return function(self.part(tree.unflatten(leaves), given[1], size))
+
+        return lax.map(one, (own, kept))
 
     def factors(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -14,7 +14,7 @@ from tangents._core.typing import Array
 from tangents._finite.cost import Form, Slices
 from tangents._finite.structure import contraction
 from tangents._finite.structure.contraction import Factors, Layout, Products, Term, flat_labels
-from tangents._finite.structure.passes import Traced
+from tangents._finite.structure.passes import Passes, Traced
 
 BLOCKS = ((64, 4), (8, 2))
 """(examples, blocks): from so many examples on a symmetric kernel is made in so many block rows."""
@@ -24,7 +24,8 @@ BLOCKS = ((64, 4), (8, 2))
 class SideTerms:
     """What one side brings: factors of its uses, gradients of the weights that need them."""
 
-    factors: Sequence[Factors]
+    factors: dict[int, Factors]
+    """Of the uses of the other weights."""
     gradients: dict[int, Term]
     """See `contraction.multiply`."""
 
@@ -33,7 +34,45 @@ class SideTerms:
         cls, side: Traced, factors: Sequence[Factors], dense: set[int], layout: Layout
     ) -> SideTerms:
         """Of some examples and seeds."""
-        return cls(factors, _gradients(side, factors, dense, layout) if dense else {})
+        gradients = _gradients(side, factors, dense, layout) if dense else {}
+        return cls({k: factors[k] for k in _others(side, dense)}, gradients)
+
+    @classmethod
+    def by_parts(
+        cls,
+        side: Traced,
+        passes: Passes,
+        size: int,
+        factors_of: Callable[[Passes], list[Factors]],
+        dense: set[int],
+        layout: Layout,
+    ) -> SideTerms:
+        """The same, gradients made of so many examples at a time.
+
+        What is held of all examples is their gradients, and cotangents of the other weights.
+        """
+        uses, rest = side.analysis.uses, _others(side, dense)
+        labels: dict[int, tuple[int, ...]] = {}
+
+        def one(part: Passes) -> tuple[dict[int, Array], dict[int, Array]]:
+            factors = factors_of(part)
+            found = _gradients(side, factors, dense, layout)
+            labels.update({k: own for k, (_, own) in found.items()})
+            cotangents = {uses[k].probe: factors[k].derivative for k in rest}
+            return {k: array for k, (array, _) in found.items()}, cotangents
+
+        arrays, cotangents = passes.over_parts(size, one)
+
+        def joined(stack: Array) -> Array:
+            if stack.shape[1] < size:  # the same for all examples
+                return stack[0]
+            return stack.reshape(-1, *stack.shape[2:])
+
+        whole = {k: joined(c) for k, c in cotangents.items()}
+        factors = {
+            k: Factors(uses[k], passes.kept.get(k), whole[uses[k].probe], True) for k in rest
+        }
+        return cls(factors, {k: (joined(a), labels[k]) for k, a in arrays.items()})
 
     def part(self, start: int, stop: int) -> SideTerms:
         """Of some of the examples."""
@@ -48,7 +87,7 @@ class SideTerms:
             return known[id(array)]
 
         gradients = {k: (cut(g), labels) for k, (g, labels) in self.gradients.items()}
-        return SideTerms([f.part(cut) for f in self.factors], gradients)
+        return SideTerms({k: f.part(cut) for k, f in self.factors.items()}, gradients)
 
 
 def kernel(
@@ -173,6 +212,13 @@ def _transposed(kernel: Array, layout: Layout) -> Array:
             contraction.EXAMPLE2: contraction.EXAMPLE1,
         }
     return jnp.transpose(kernel, [names.index(other.get(k, k)) for k in names])
+
+
+def _others(side: Traced, dense: set[int]) -> list[int]:
+    """Uses of weights whose gradients are not made as a whole."""
+    roots = side.analysis.roots
+    uses = enumerate(side.analysis.uses)
+    return [k for k, use in uses if not roots[use.root].weights & dense]
 
 
 def _gradients(
