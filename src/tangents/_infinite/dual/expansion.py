@@ -47,6 +47,8 @@ from tangents._infinite.dual import arc_cosine
 from tangents._infinite.dual.angle import norm, reciprocal, safe_sqrt, sine_squared
 from tangents._infinite.dual.form import Dual
 from tangents._infinite.dual.orthant import mirrored, power_coefficients, ramps_and_steps
+from tangents._infinite.dual.single_precision import is_single
+from tangents._infinite.dual.tabulated import Sums, Table, sums, tables_of
 
 Phi = Callable[[Any, Array], Array]
 
@@ -69,8 +71,9 @@ class Kink(NamedTuple):
 class Expansion(NamedTuple):
     """The faces of a `DualKernel`, and `from_sides`, which is told the variances of both sides.
 
-    from_sides: `(hyper, cov12, var1, var2, side1, side2) -> Dual`; var1, var2 are the variances of
-      each pair, side1, side2 the same numbers, broadcastable, not repeated for each pair.
+    from_sides: `(hyper, cov12, var1, var2, side1, side2, gap12=None) -> Dual`; var1, var2 are the
+      variances of each pair, side1, side2 the same numbers, broadcastable, not repeated for each
+      pair.
     truncation: `(hyper, var) -> share` of the last quarter of the longest series of phi', at equal
       inputs of these variances: what is left out is of that size.
     """
@@ -80,7 +83,12 @@ class Expansion(NamedTuple):
     diagonal: Callable[[Any, Array], Array]
     from_sides: Callable[..., Dual]
     truncation: Callable[[Any, Array], Array]
-    carries_gap: bool = False
+    bends: Callable[[], bool] = lambda: False
+
+    @property
+    def carries_gap(self) -> bool:
+        """Is the slope of phi seen to jump (looked for when first asked)?"""
+        return self.bends()
 
 
 def _none(jump: Any) -> bool:
@@ -316,10 +324,10 @@ def _clip(rho: Array) -> Array:
     return rho + jax.lax.stop_gradient(jnp.clip(rho, -1, 1) - rho)
 
 
-def _closed_part(kinks: Sequence[Kink], cov12, var1, var2, side1, side2) -> tuple[Any, Any]:
+def _closed_part(kinks: Sequence[Kink], cov12, var1, var2, side1, side2, gap12) -> tuple[Any, Any]:
     """Expectations of the products of all ramps (for phi) and of all steps (for phi')."""
     value, slope = jnp.zeros_like(cov12), jnp.zeros_like(cov12)
-    pair = (cov12, var1, var2)
+    pair = (cov12, var1, var2) if gap12 is None else (cov12, var1, var2, gap12)
     s = norm(side1, side2)
     rho = _clip(cov12 * reciprocal(s))
     sine = safe_sqrt(sine_squared(*pair))
@@ -367,10 +375,71 @@ def _rough(side: _Side, parity: int | None, terms: int) -> Array:
     return products[-(used // 4) :].sum(0) / (squares.sum(0) + jnp.finfo(products.dtype).tiny)
 
 
+def _never() -> bool:
+    return False
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _from_tables(
+    tables: tuple[Table, ...],
+    series: Callable,
+    square: Callable,
+    cov12,
+    var1,
+    var2,
+    side1,
+    side2,
+    *gap12,
+):
+    """Nngp, d_nngp and, if given, the gap: from the first table that reaches, else from the series.
+
+    Derivatives are those of the series.
+    """
+    gap = gap12[0] if gap12 else None
+    largest = jnp.maximum(jnp.max(side1, initial=0), jnp.max(side2, initial=0))
+    longest = _TERMS[cov12.dtype.itemsize][-1:]
+    kinked = tables[0].kinked
+
+    def tabulated(table, cov12, var1, var2, *others):
+        return sums(table, cov12, *others)
+
+    def summed(cov12, var1, var2, side1, side2, gap):
+        value, slope = series(longest, cov12, var1, var2, side1, side2, gap)
+        if not kinked:
+            return Sums(value, slope, None, None)
+        scale1, scale2 = (safe_sqrt(square(v)) for v in (side1, side2))
+        return Sums(jnp.maximum(scale1 * scale2 - value, 0), slope, scale1, scale2)
+
+    level = sum(((largest > t.reach**2).astype(jnp.int32) for t in tables), start=jnp.int32(0))
+    branches = [*(functools.partial(tabulated, table) for table in tables), summed]
+    near, slope, scale1, scale2 = jax.lax.switch(
+        level, branches, cov12, var1, var2, side1, side2, gap
+    )
+    if not kinked:
+        return near, slope
+    scale = scale1 * scale2
+    nngp = scale - near
+    return (nngp, slope, jnp.where(nngp < 0, scale + nngp, near)) if gap12 else (nngp, slope)
+
+
+@_from_tables.defjvp
+def _from_tables_jvp(tables, series, square, primals, tangents):
+    def values(cov12, var1, var2, side1, side2, *gap12):
+        levels = _TERMS[cov12.dtype.itemsize]
+        nngp, slope = series(levels, cov12, var1, var2, side1, side2, *gap12)
+        if not gap12:
+            return nngp, slope
+        return nngp, slope, norm(square(side1), square(side2)) - jnp.abs(nngp)
+
+    return _from_tables(tables, series, square, *primals), jax.jvp(values, primals, tangents)[1]
+
+
 def expand(
     phi: Phi,
     kinks: Callable[[Any], Sequence[Kink]] = lambda hyper: (),
     parity: int | None = None,
+    tabulated: bool = True,
+    terms: int | None = None,
 ) -> Expansion:
     """The dual of phi.
 
@@ -378,7 +447,14 @@ def expand(
       phi: `(hyper, x) -> y`, element by element, differentiable by JAX.
       kinks: places and jumps for values of the hyperparameters.
       parity: 0: phi is even, 1: odd, None: neither; None also where there are kinks.
+      tabulated: there are no hyperparameters, so that single precision may use a table
+        (`tabulated.py`).
+      terms: of the series, where it is known beforehand that more are zero.
     """
+
+    def levels_of(array: Array) -> tuple[int, ...]:
+        return _TERMS[array.dtype.itemsize] if terms is None else (terms,)
+
     slope_parity = None if parity is None else 1 - parity
 
     def at_level(hyper, terms, cov12, var1, var2, side1, side2):
@@ -392,9 +468,7 @@ def expand(
         slope = _series(_Form(slope_parity or 0, step_), one.slope, two.slope, rho)
         return value, slope
 
-    def from_sides(hyper, cov12, var1, var2, side1, side2) -> Dual:
-        ks = tuple(kinks(hyper))
-        levels = _TERMS[cov12.dtype.itemsize]
+    def switched(hyper, levels, cov12, var1, var2, side1, side2) -> tuple[Array, Array]:
         small = _SMALL[cov12.dtype.itemsize]
         largest = jax.lax.stop_gradient(
             jnp.maximum(jnp.max(side1, initial=0), jnp.max(side2, initial=0))
@@ -406,21 +480,57 @@ def expand(
         branches = [
             lambda *args, terms=terms: at_level(args[0], terms, *args[1:]) for terms in levels
         ]
-        value, slope = jax.lax.switch(level, branches, hyper, cov12, var1, var2, side1, side2)
+        return jax.lax.switch(level, branches, hyper, cov12, var1, var2, side1, side2)
+
+    def series(hyper, levels, cov12, var1, var2, side1, side2, gap12=None) -> tuple[Array, Array]:
+        ks = tuple(kinks(hyper))
+        args = cov12, var1, var2, side1, side2
+        if len(levels) > 1:
+            value, slope = switched(hyper, levels, *args)
+        else:
+            value, slope = at_level(hyper, levels[0], *args)
         if ks:
-            more, steeper = _closed_part(ks, cov12, var1, var2, side1, side2)
+            more, steeper = _closed_part(ks, *args, gap12)
             value, slope = value + more, slope + steeper
-        return Dual(value, slope)
+        return value, slope
+
+    @functools.cache
+    def tables() -> tuple[Table, ...]:
+        ks = tuple(kinks({}))
+        if any(k.place != 0.0 or not _none(k.jumps[0]) for k in ks):
+            return ()
+        return tables_of(lambda x: phi({}, x), bool(ks), bends())
+
+    def square(var: Array) -> Array:
+        """E[phi^2] without hyperparameters."""
+        z, w, _ = (jnp.asarray(a, var.dtype) for a in _rule(64, var.dtype.itemsize))
+        return jnp.sum(w * jnp.square(phi({}, safe_sqrt(var)[..., None] * z)), -1)
+
+    def bends() -> bool:
+        """Jumps of the slope at 0 in single precision: what a table carries the gap for."""
+        ks = tuple(kinks({}))
+        return len(ks) == 1 and ks[0].place == 0.0 and not _none(ks[0].jumps[1])
+
+    def from_sides(hyper, cov12, var1, var2, side1, side2, gap12=None) -> Dual:
+        args = (cov12, var1, var2, side1, side2)
+        found = tables() if tabulated and is_single(cov12) else ()
+        if not found:
+            return Dual(*series(hyper, levels_of(cov12), *args))
+        if not found[0].carries_gap:
+            gap12 = None
+        extra = () if gap12 is None else (gap12,)
+        return Dual(*_from_tables(found, functools.partial(series, {}), square, *args, *extra))
 
     def dual(hyper, cov12, var1, var2, gap12=None) -> Dual:
-        return from_sides(hyper, cov12, var1, var2, var1, var2)
+        return from_sides(hyper, cov12, var1, var2, var1, var2, gap12)
 
     def diagonal(hyper, var):
         return dual(hyper, var, var, var).nngp
 
     def truncation(hyper, var):
         ks = tuple(kinks(hyper))
-        terms = _TERMS[var.dtype.itemsize][-1]
-        return _rough(_coefficients(phi, hyper, ks, parity, terms, var), parity, terms)
+        most = levels_of(var)[-1]
+        return _rough(_coefficients(phi, hyper, ks, parity, most, var), parity, most)
 
-    return Expansion(phi, dual, diagonal, from_sides, truncation)
+    # Hyperparameters may be traced, and a table may not: without any there may be one.
+    return Expansion(phi, dual, diagonal, from_sides, truncation, bends if tabulated else _never)

@@ -37,13 +37,23 @@ TANH = expand(lambda hyper, x: jnp.tanh(x), parity=1)
 SOFTPLUS = expand(lambda hyper, x: jax.nn.softplus(x))
 SILU = expand(lambda hyper, x: jax.nn.silu(x))
 MISH = expand(lambda hyper, x: jax.nn.mish(x))
-ELU = expand(lambda hyper, x: _elu(hyper["alpha"], x), lambda hyper: _elu_kinks(1, hyper["alpha"]))
-ELU_ONE = expand(lambda hyper, x: _elu(1.0, x), lambda hyper: _elu_kinks(1.0, 1.0))
+ELU = expand(
+    lambda hyper, x: _elu(hyper["alpha"], x),
+    lambda hyper: _elu_kinks(1, hyper["alpha"]),
+    tabulated=False,
+)
 SELU = expand(
     lambda hyper, x: _SELU_SCALE * _elu(_SELU_ALPHA, x),
     lambda hyper: _elu_kinks(_SELU_SCALE, _SELU_ALPHA),
 )
-HARD_TANH = expand(_hard_tanh, lambda hyper: _HARD_TANH_KINKS)
+# Without its kinks it is a constant.
+HARD_TANH = expand(_hard_tanh, lambda hyper: _HARD_TANH_KINKS, terms=4)
+
+
+@functools.lru_cache(maxsize=256)
+def elu_of(alpha: float) -> Expansion:
+    """The dual of Elu for a number known beforehand."""
+    return expand(lambda hyper, x: _elu(alpha, x), lambda hyper: _elu_kinks(1.0, alpha))
 
 
 @functools.lru_cache(maxsize=256)  # one kernel for one function: it is a key of plans
@@ -134,8 +144,8 @@ def Elu(alpha: Any = 1.0) -> Layer:
         >>> phi((), jnp.array([-50.0, 3.0])).tolist()
         [-2.0, 3.0]
     """
-    if isinstance(alpha, int | float) and alpha == 1:  # no jump of the slope: less to compute
-        return nonlinearity("Elu", ELU_ONE)
+    if isinstance(alpha, int | float):
+        return nonlinearity("Elu", elu_of(float(alpha)))
     return nonlinearity("Elu", ELU, alpha=alpha)
 
 
