@@ -140,6 +140,21 @@ def test_uses_without_rules_are_named():
     assert last.startswith("at once: 2 outputs; about ")
 
 
+def test_spectral_norm(rtol):
+    """A weight divided by its largest singular value, found by power iterations from ones."""
+
+    def f(w, x):
+        u = jnp.ones(3, w.dtype)
+        for _ in range(2):
+            v = w.T @ u / jnp.linalg.norm(w.T @ u)
+            u = w @ v / jnp.linalg.norm(w @ v)
+        return jnp.tanh(x @ (w / (u @ w @ v))) * 2
+
+    analysis = check(f, normal(0, 3, 4), normal(1, 2, 3), rtol)
+    assert [use.reason for use in analysis.uses] == [""]
+    assert analysis.roots[analysis.uses[0].root].shape == (3, 4)
+
+
 def test_while_is_refused_by_name():
     def f(w, x):
         return lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1] @ w)), (0, x))[
