@@ -80,8 +80,8 @@ class Table:
     kinked: bool
     carries_gap: bool
     powers: tuple[int, int]
-    scale: np.ndarray | None = None
-    spread: np.ndarray | None = None
+    scale: Any = None
+    spread: Any = None
 
 
 # ---- on the host ---------------------------------------------------------------------------------
