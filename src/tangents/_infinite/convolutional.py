@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -185,39 +185,58 @@ def _own(network: Network, x: jax.Array, stop: int, want_ntk: bool) -> Any:
     return tapes, tile
 
 
-def _row(a: jax.Array, start: Any, size: int, axis: int, place: int) -> jax.Array:
-    """Some examples of variances `(N, *spatial)`: as `(*spatial, size, 1)`, say, for place -1."""
-    if axis:
-        return jax.vmap(lambda b: _row(b, start, size, axis - 1, place))(a)
-    return jnp.expand_dims(jnp.moveaxis(lax.dynamic_slice_in_dim(a, start, size), 0, -1), place)
+class _Inputs(NamedTuple):
+    """Inputs with the examples on the last axis, where a block of them is a slice.
+
+    channels: `(C, *spatial, N)`; where the gap is carried divided by roots `(*spatial, N)`, the
+    root of each position's second moment, else None.
+    """
+
+    channels: jax.Array
+    roots: jax.Array | None
 
 
-def _moments(x1: jax.Array, x2: jax.Array, known: Any, want_gap: bool) -> tuple[Any, Any]:
-    """`(cov12, gap12)` of two blocks of inputs, `(*spatial, t1, t2)`."""
-    a, b = jnp.moveaxis(x1, 0, -1)[..., None], jnp.moveaxis(x2, 0, -1)[..., None, :]
-    # (*spatial, channels, t1, 1) and (*spatial, channels, 1, t2)
-    a, b = jnp.moveaxis(a, -3, 0), jnp.moveaxis(b, -3, 0)
-    channels = a.shape[0]
-
-    def total(fn):
-        if channels > _UNROLLED:
-            return jnp.sum(fn(a, b), axis=0)
-        return add_up(fn(u, v) for u, v in zip(a, b, strict=True))
-
-    cov12 = total(lambda u, v: u * v) / channels
+def _inputs(x: jax.Array, want_gap: bool) -> _Inputs:
+    channels = jnp.moveaxis(jnp.moveaxis(x, 0, -1), -2, 0)
     if not want_gap:
-        return cov12, None
-    root1, root2 = (safe_sqrt(jnp.sum(x * x, axis=0) / channels) for x in (a, b))
-    inverse1, inverse2 = reciprocal(root1), reciprocal(root2)
-    sign = jnp.where(cov12 < 0, -1, 1).astype(cov12.dtype)
-    a, b = keep_apart((a * inverse1, b * inverse2))
-    relative = total(lambda u, v: (u - sign * v) ** 2) / (2 * channels)
-    s = root1 * root2
+        return _Inputs(channels, None)
+    roots = safe_sqrt(jnp.sum(channels * channels, axis=0) / channels.shape[0])
+    return _Inputs(channels * reciprocal(roots), roots)
+
+
+def _examples_last(tape: Tape) -> list:
+    return map_sides(lambda a, axis: jnp.moveaxis(a, axis, -1), tape.entries)
+
+
+def _block(tree: Any, start: Any, size: int, place: int) -> Any:
+    """Some examples, from the last axis: as `(..., size, 1)` for place -1."""
+
+    def take(a):
+        return jnp.expand_dims(lax.dynamic_slice_in_dim(a, start, size, axis=-1), place)
+
+    return jax.tree.map(take, tree)
+
+
+def _moments(one: _Inputs, two: _Inputs, known: Any) -> tuple[Any, Any]:
+    """`(cov12, gap12)` of two blocks of inputs, `(*spatial, t1, t2)`."""
+    channels = one.channels.shape[0]
+
+    def mean(fn):
+        if channels > _UNROLLED:
+            return jnp.sum(fn(one.channels, two.channels), axis=0) / channels
+        each = zip(one.channels, two.channels, strict=True)
+        return add_up(fn(u, v) for u, v in each) / channels
+
+    cosine = mean(lambda u, v: u * v)
+    if one.roots is None or two.roots is None:
+        return cosine, None
+    sign = jnp.where(cosine < 0, -1, 1).astype(cosine.dtype)
+    relative = mean(lambda u, v: (u - sign * v) ** 2) / 2
+    s = one.roots * two.roots
     gap12 = s * jnp.minimum(relative, 1)
     if known is not None:
         gap12 = jnp.where(known, 0, gap12)
-    near = jnp.where(cov12 < 0, gap12 - s, s - gap12)
-    return jnp.where(gap12 < s / 2, near, cov12), gap12
+    return jnp.where(gap12 < s / 2, sign * (s - gap12), s * cosine), gap12
 
 
 _UNROLLED = 16
@@ -225,29 +244,28 @@ _UNROLLED = 16
 
 
 def rectangle(
-    network: Network, tapes1: list, tapes2: list, starts: Any, sizes: Any, same: Any
+    network: Network, inputs: tuple, tapes: tuple, starts: Any, sizes: Any, same: Any
 ) -> Tile:
     """A block of examples against a block, of a network that needs equal positions only.
 
     Arrays end in the axes of both blocks, so variances stay as small as the blocks.
+    inputs, tapes: of both sides, examples last.
     """
     (i, j), (t1, t2) = starts, sizes
-    x2 = network.x1 if network.x2 is None else network.x2
-    a, b = lax.dynamic_slice_in_dim(network.x1, i, t1), lax.dynamic_slice_in_dim(x2, j, t2)
     known = None
     if same is not None:
         first = lax.dynamic_slice_in_dim(same[0], i, t1)
         second = lax.dynamic_slice_in_dim(same[1], j, t2)
         known = same[2] & (first[:, None] == second[None])
-    cov12, gap12 = _moments(a, b, known, network.carries)
+    blocks = _block(inputs[0], i, t1, -1), _block(inputs[1], j, t2, -2)
+    cov12, gap12 = _moments(*keep_apart(blocks), known)
     tile = Tile(cov12, jnp.zeros((), cov12.dtype) if network.want_ntk else None, gap12)
     for g, segment in enumerate(network.cut):
         axes = tuple(Axis(1, s, ZERO) for s in segment.strides)
         planes = Planes(axes, t1 * t2, None, known)
         state = plane_state(segment, tile, None, planes, t1)
-        if g < min(len(tapes1), len(tapes2)):
-            one = map_sides(lambda a, axis: _row(a, i, t1, axis, -1), tapes1[g].entries)
-            two = map_sides(lambda a, axis: _row(a, j, t2, axis, -2), tapes2[g].entries)
+        if g < min(map(len, tapes)):
+            one, two = _block(tapes[0][g], i, t1, -1), _block(tapes[1][g], j, t2, -2)
         else:
             one = two = _silent(network, g).entries
         tape = Tape(network.carries, join_sides(one, two))
@@ -265,10 +283,15 @@ def compute_rectangles(
     symmetric = network.x2 is None
     sizes = min(block[0], n1), min(block[1], n2)
     rows, columns = grid(n1, n2, *sizes, symmetric)
+    one_side = _inputs(network.x1, network.carries), [*map(_examples_last, tapes1)]
+    other_side = one_side
+    if network.x2 is not None:
+        other_side = _inputs(network.x2, network.carries), [*map(_examples_last, tapes2)]
+    inputs, tapes = zip(one_side, other_side, strict=True)
 
     @jax.checkpoint
     def one(i, j):
-        tile = rectangle(network, tapes1, tapes2, (i, j), sizes, same)
+        tile = rectangle(network, inputs, tapes, (i, j), sizes, same)
         return tile._replace(gap12=None)
 
     def body(k, buffers):
@@ -296,7 +319,11 @@ def compute_segments(network: Network, same: Any, want_sides: bool) -> tuple[Til
     x1, x2 = network.x1, network.x2
     whole, n1 = len(network.cut), network.x1.shape[0]
     symmetric = x2 is None
-    own = symmetric and not network.cut[0].only_equal()
+    equal_only = network.cut[0].only_equal()
+    # Where variances need no walk over planes, the pairs (a, a) go with the others: the program is
+    # half as long. Elsewhere they have to go first, and would be computed twice.
+    together = symmetric and not equal_only and not want_sides and network.reads <= 1
+    own = symmetric and not equal_only and not together
     stop = whole if own or want_sides else network.reads
     tapes1, own1 = _own(network, x1, stop, own and network.want_ntk)
     tapes2, own2 = tapes1, own1
@@ -304,8 +331,8 @@ def compute_segments(network: Network, same: Any, want_sides: bool) -> tuple[Til
         tapes2, own2 = _own(network, x2, stop, False)
         i, j = (a.ravel() for a in np.meshgrid(*map(np.arange, (n1, x2.shape[0])), indexing="ij"))
     else:
-        i, j = np.triu_indices(n1, 1)
-    if network.cut[0].only_equal():
+        i, j = np.triu_indices(n1, 0 if together else 1)
+    if equal_only:
         tile = compute_rectangles(network, same, tapes1, tapes2, network.block)
         sides = [None if own is None else own.cov12 for own in (own1, own2)]
         return tile, sides[0], None if symmetric else sides[1]
@@ -314,7 +341,7 @@ def compute_segments(network: Network, same: Any, want_sides: bool) -> tuple[Til
     @jax.checkpoint
     def one(group):
         first, second = group
-        known = None
+        known = first == second if together else None
         if same is not None and not symmetric:
             known = same[2] & (jnp.take(same[0], first) == jnp.take(same[1], second))
         pairs = Pairs(first, second, first.shape[0], known)
@@ -332,16 +359,15 @@ def compute_segments(network: Network, same: Any, want_sides: bool) -> tuple[Til
         out = jnp.zeros((n1, n2), x1.dtype)
         if a is not None:
             out = out.at[i, j].set(a)
-        if symmetric:
-            out = out.at[j, i].set(a) if a is not None else out
-            out = out.at[np.arange(n1), np.arange(n1)].set(own)
-        return out
+        if symmetric and a is not None:
+            out = out.at[j, i].set(a)
+        return out if own is None else out.at[np.arange(n1), np.arange(n1)].set(own)
 
-    cov12 = matrix(tile and tile.cov12, own1.cov12 if symmetric else None)
+    cov12 = matrix(tile and tile.cov12, own1.cov12 if own else None)
     ntk = None
     if network.want_ntk:
-        ntk = matrix(tile and tile.ntk, own1.ntk if symmetric else None)
-    sides = [None if own is None else own.cov12 for own in (own1, own2)]
+        ntk = matrix(tile and tile.ntk, own1.ntk if own else None)
+    sides = [None if side is None else side.cov12 for side in (own1, own2)]
     return Tile(cov12, ntk), sides[0], None if symmetric else sides[1]
 
 
@@ -351,7 +377,9 @@ def _line(a: Any, n: int) -> Any:
 
 def block_size(cut: list[Segment]) -> tuple[int, int]:
     """Examples in a block of `rectangle`: the second axis is the one that is vectorised."""
-    return max(4 * STEP // (16 * math.prod(cut[0].before.spatial)), 1), 16
+    pairs = 2 * STEP // math.prod(cut[0].before.spatial)
+    second = 8 if pairs < 256 else 16
+    return max(pairs // second, 1), second
 
 
 def group_size(cut: list[Segment], modulus: tuple[int, ...], carries: bool) -> int:

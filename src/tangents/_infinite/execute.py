@@ -373,12 +373,6 @@ def _run_serial(node: Serial, state, need, patterns, kwargs, tape):
     for first, period, turns in _runs(node.nodes, state):
         state = walk(state, children[start:first], tape)
         part, end = children[first : first + period], first + period * turns
-        alike = _first_alike(node.nodes[first : first + period], state, turns)
-        start = first + period * alike
-        state = walk(state, children[first:start], tape)
-        if turns - alike < 2:
-            continue
-
         wanted = _joined(needs[::-1], first, period, end)
         names = [place for (place, _), _ in part]
 
@@ -386,9 +380,9 @@ def _run_serial(node: Serial, state, need, patterns, kwargs, tape):
             layers = zip(names, hypers, strict=True)
             return walk(state, list(zip(layers, wanted, strict=True)), tape)
 
-        groups = [node.nodes[k : k + period] for k in range(start, end, period)]
+        groups = [node.nodes[k : k + period] for k in range(first, end, period)]
         hypers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *groups)
-        state = _run_turns(one, turns - alike, hypers, state, tape)
+        state = _run_turns(one, turns, hypers, state, tape)
         start = end
     return fit(walk(state, children[start:], tape), _without_sides(need, tape))
 
@@ -405,18 +399,30 @@ def _joined(needs: list, first: int, period: int, end: int) -> list:
 
 
 def _runs(nodes: tuple[Node, ...], state: Any) -> list[tuple[int, int, int]]:
-    """`(start, period, turns)` of runs of equal layers; none outside of a trace.
+    """`(start, period, turns)` of runs of equal layers with equal signals; none outside of a trace.
 
     There each layer is a program of its own, and is compiled once anyway.
     """
     traced = any(isinstance(a, Tracer) for a in jax.tree.leaves(state))
     if not traced or any(any_node(n, is_cut) for n in nodes):
         return []
-    kinds = [(jax.tree.structure(n), tuple(map(jnp.shape, jax.tree.leaves(n)))) for n in nodes]
+    layers = [(jax.tree.structure(n), tuple(map(jnp.shape, jax.tree.leaves(n)))) for n in nodes]
+    if len(set(layers)) == len(layers):
+        return []
+    kinds, single = [], []
+    signal = state.in1 if isinstance(state, State) else [s.in1 for s in state]
+    for place, (layer, child) in enumerate(zip(layers, nodes, strict=True)):
+        # Of a single position nobody sees whether strides move it.
+        fixed = isinstance(signal, Signal) and all(n > 1 for n in signal.spatial)
+        single.append(fixed)
+        kinds.append((layer, tuple(signal) if isinstance(signal, list) else signal))
+        if place + 1 < len(nodes):
+            signal = child.signal(signal)
     out, start = [], 0
     while start < len(kinds):
+        periods = range(1, (len(kinds) - start) // 2 + 1) if single[start] else ()
         turns, period = max(
-            ((_turns(kinds, start, p), p) for p in range(1, (len(kinds) - start) // 2 + 1)),
+            ((_turns(kinds, start, p), p) for p in periods),
             key=lambda found: ((found[0] > 1) * found[0] * found[1], -found[1]),
             default=(1, 1),
         )
@@ -431,21 +437,6 @@ def _turns(kinds: list, start: int, period: int) -> int:
     turns = 1
     while kinds[start : start + period] == kinds[start + turns * period :][:period]:
         turns += 1
-    return turns
-
-
-def _first_alike(nodes: tuple[Node, ...], state: Any, turns: int) -> int:
-    """The first turn after which the signal is what it was before it."""
-    if not isinstance(state, State):
-        return turns
-    signal: Any = state.in1
-    for k in range(turns):
-        before = signal
-        for child in nodes:
-            signal = child.signal(signal)
-        # Of a single position nobody sees whether strides move it.
-        if signal == before and all(n > 1 for n in signal.spatial):
-            return k
     return turns
 
 
