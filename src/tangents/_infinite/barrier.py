@@ -26,4 +26,4 @@ def keep_apart(tree: _T) -> _T:
         return tree
     # Always true, which the compiler cannot know.
     go = lax.optimization_barrier(jnp.zeros((), jnp.int32)) == 0
-    return lax.cond(go, lambda a: a, lambda a: jax.tree.map(jnp.zeros_like, a), tree)
+    return lax.cond(go, lambda a: a, lax.optimization_barrier, tree)
