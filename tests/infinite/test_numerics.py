@@ -83,6 +83,11 @@ def test_dense_networks(name, depth):
     check(dense(phi, depth), families((50,)))
 
 
+def test_gap_of_a_tabulated_kink():
+    """The slope of Selu jumps at 0: without the gap the error is 1e-4."""
+    check(dense(stax.Selu, 3), families((50,)))
+
+
 def test_dense_networks_of_positive_inputs_in_blocks():
     """Means far from zero make all pairs close: the product of matrices is not enough there."""
     x = families((200,), offset=3.0)

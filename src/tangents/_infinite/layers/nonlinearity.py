@@ -63,7 +63,8 @@ class NonlinearityNode(Node):
         var1, var2 = context.variances
         if isinstance(self.kernel, Expansion):
             sides = context.pair(context.variance(1), context.variance(2))
-            dual = self.kernel.from_sides(self.hyper, tile.cov12, var1, var2, *sides)
+            given = tile.cov12, var1, var2, *sides, tile.gap12
+            dual = self.kernel.from_sides(self.hyper, *given)
         else:
             dual = self.kernel.dual(self.hyper, tile.cov12, var1, var2, tile.gap12)
         ntk = tile.ntk
