@@ -14,10 +14,9 @@ _DEPTH = 2
 
 
 def _function(name: str):
-    import jax
     import jax.numpy as jnp
 
-    return {"tanh": jnp.tanh, "arctan": jnp.arctan, "mish": jax.nn.mish}.get(name)
+    return {"tanh": jnp.tanh, "arctan": jnp.arctan}[name]
 
 
 def _layer(stax, ours: bool, name: str):
@@ -25,6 +24,7 @@ def _layer(stax, ours: bool, name: str):
 
     if ours:
         named = {"tanh": "Tanh", "mish": "Mish", "hardtanh": "HardTanh", "selu": "Selu"}
+        named |= {"elu": "Elu", "silu": "SiLU", "softplus": "Softplus"}
         return getattr(stax, named[name])() if name in named else stax.Elementwise(_function(name))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -60,8 +60,8 @@ def any_function(name: str, peer: str | None, n: int) -> Workload:
 WORKLOADS = [
     any_function("tanh", "neural-tangents", 500),
     any_function("arctan", "neural-tangents", 500),
-    any_function("tanh", None, 2500),
-    any_function("mish", None, 2500),
-    any_function("selu", None, 2500),
-    any_function("hardtanh", None, 2500),
+    *(
+        any_function(name, None, 2500)
+        for name in ("tanh", "arctan", "softplus", "silu", "mish", "elu", "selu", "hardtanh")
+    ),
 ]
