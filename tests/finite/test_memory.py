@@ -68,7 +68,20 @@ def measure(network, budget):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("network", [pytest.param("dense", marks=pytest.mark.slow), "interacting"])
+@pytest.mark.parametrize(
+    "network",
+    [
+        pytest.param("dense", marks=pytest.mark.slow),
+        pytest.param(
+            "interacting",
+            marks=pytest.mark.xfail(
+                jax.__version_info__ >= (0, 12),
+                reason="JAX 0.12's runtime takes 28 MiB where the program's temporaries are 0.9",
+                strict=True,
+            ),
+        ),
+    ],
+)
 def test_peak_in_fresh_processes(network):
     budgets = (2**21, 2**24, 2**28)
     measured = [measure(network, budget) for budget in budgets]
