@@ -37,12 +37,13 @@ from tangents._inference.layout import (
     matrix,
 )
 from tangents._inference.matrix_functions import function_product
-from tangents._inference.predictor import Predictor
+from tangents._inference.predictor import Predictor, remembered
 
 KernelFn = Callable[..., Any]
 CALLER = "gradient_descent_mse_ensemble"
 
 
+@remembered
 def gradient_descent_mse_ensemble(
     kernel_fn: KernelFn,
     x_train: PyTree,
@@ -52,7 +53,7 @@ def gradient_descent_mse_ensemble(
     diag_reg_absolute_scale: bool = False,
     trace_axes: Axes = (-1,),
     **kernel_fn_train_train_kwargs: Any,
-) -> Callable[..., Any]:
+) -> Predictor:
     r"""The distribution of infinitely wide networks trained by gradient flow on the squared error.
 
     Each network starts at an independent draw with mean zero and covariance K (the NNGP) and
@@ -123,18 +124,7 @@ def gradient_descent_mse_ensemble(
             results = ensemble.at_times(t, names, x_test, compute_cov, kernel_fn_test_test_kwargs)
         return select("Gaussians", wanted, results)
 
-    arguments = dict(
-        kernel_fn=kernel_fn,
-        x_train=x_train,
-        y_train=y_train,
-        learning_rate=learning_rate,
-        diag_reg=diag_reg,
-        diag_reg_absolute_scale=diag_reg_absolute_scale,
-        trace_axes=trace_axes,
-        **kernel_fn_train_train_kwargs,
-    )
-    maker = gradient_descent_mse_ensemble
-    return Predictor(predict_fn, maker, arguments, ensemble.computed, ensemble.take_over)
+    return Predictor(predict_fn, ensemble.computed, ensemble.take_over)
 
 
 class _Ensemble:

@@ -34,7 +34,7 @@ from tangents._inference.layout import (
     is_concrete,
     matrix,
 )
-from tangents._inference.predictor import Predictor
+from tangents._inference.predictor import Predictor, remembered
 
 
 @jax.tree_util.register_dataclass
@@ -58,6 +58,7 @@ class ODEState:
 Loss = Callable[[Array, Array], Array]
 
 
+@remembered
 def gradient_descent(
     loss: Loss,
     k_train_train: Array,
@@ -70,7 +71,7 @@ def gradient_descent(
     rtol: float | None = None,
     atol: float | None = None,
     max_steps: int = 100_000,
-) -> Callable[..., Any]:
+) -> Predictor:
     r"""Outputs during gradient flow on any differentiable loss, with a constant kernel.
 
     d f / dt = −η Θ ∇L(f_train): the loss's own normalisation counts (`jnp.mean` and `jnp.sum`
@@ -174,19 +175,7 @@ def gradient_descent(
             return out.fx_test
         return out.fx_train if out.fx_test is None else (out.fx_train, out.fx_test)
 
-    arguments = {
-        "loss": loss,
-        "k_train_train": k_train_train,
-        "y_train": y_train,
-        "learning_rate": learning_rate,
-        "momentum": momentum,
-        "trace_axes": trace_axes,
-        "solver": solver,
-        "rtol": rtol,
-        "atol": atol,
-        "max_steps": max_steps,
-    }
-    return Predictor(predict_fn, gradient_descent, arguments)
+    return Predictor(predict_fn)
 
 
 def _start(

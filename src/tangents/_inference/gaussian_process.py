@@ -11,7 +11,6 @@ With K = NNGP, Θ = NTK, data (X, y), test inputs T, and K, Θ regularised where
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +28,7 @@ from tangents._inference.layout import (
     from_matrix,
     matrix,
 )
-from tangents._inference.predictor import Predictor
+from tangents._inference.predictor import Predictor, remembered
 
 
 class Gaussian(NamedTuple):
@@ -63,13 +62,14 @@ def has_both(kernels: Any) -> bool:
     return getattr(kernels, "nngp", None) is not None and getattr(kernels, "ntk", None) is not None
 
 
+@remembered
 def gp_inference(
     k_train_train: Any,
     y_train: Array,
     diag_reg: float = 0.0,
     diag_reg_absolute_scale: bool = False,
     trace_axes: Axes = (-1,),
-) -> Callable[..., Any]:
+) -> Predictor:
     r"""Mean and covariance of 'nngp', 'ntk' and 'ntkgp' predictions (see the formulas in the
     module).
 
@@ -159,22 +159,12 @@ def gp_inference(
         results = {name: predict_one(name, k_test_train, k_test_test) for name in names}
         return select("Gaussians", wanted, results)
 
-    arguments = {
-        "k_train_train": k_train_train,
-        "y_train": y_train,
-        "diag_reg": diag_reg,
-        "diag_reg_absolute_scale": diag_reg_absolute_scale,
-        "trace_axes": trace_axes,
-    }
-
     def take_over(computed: dict[str, Any]) -> None:
         for name, factors_so_far in computed.items():
             factor(name).take_over(factors_so_far)
 
     return Predictor(
         predict_fn,
-        gp_inference,
-        arguments,
         lambda: {name: made.computed() for name, made in factors.items()},
         take_over,
     )

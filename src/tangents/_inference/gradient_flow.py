@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,11 +20,10 @@ from tangents._inference.layout import (
     matrix,
 )
 from tangents._inference.matrix_functions import function_product
-from tangents._inference.predictor import Predictor
-
-PredictMSE = Callable[..., Any]
+from tangents._inference.predictor import Predictor, remembered
 
 
+@remembered
 def gradient_descent_mse(
     k_train_train: Array,
     y_train: Array,
@@ -33,7 +31,7 @@ def gradient_descent_mse(
     diag_reg: float = 0.0,
     diag_reg_absolute_scale: bool = False,
     trace_axes: Axes = (-1,),
-) -> PredictMSE:
+) -> Predictor:
     r"""Outputs during gradient flow on the mean squared error, with a constant kernel.
 
     The loss is ½ · mean((f − y)²) over *all* outputs, so with s = `y_train.size` and step size η
@@ -109,17 +107,7 @@ def gradient_descent_mse(
         train, test = outputs
         return test if train is None else train if test is None else (train, test)
 
-    arguments = {
-        "k_train_train": k_train_train,
-        "y_train": y_train,
-        "learning_rate": learning_rate,
-        "diag_reg": diag_reg,
-        "diag_reg_absolute_scale": diag_reg_absolute_scale,
-        "trace_axes": trace_axes,
-    }
-    return Predictor(
-        predict_fn, gradient_descent_mse, arguments, factors.computed, factors.take_over
-    )
+    return Predictor(predict_fn, factors.computed, factors.take_over)
 
 
 @functools.partial(jax.jit, static_argnums=0)

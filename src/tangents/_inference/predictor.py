@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
+
+_P = ParamSpec("_P")
 
 
 class Recipe(NamedTuple):
@@ -23,30 +26,49 @@ class Recipe(NamedTuple):
 class Predictor:
     """A fitted predictor: call it; `tangents.save` saves it, with the factors it has computed."""
 
+    made: Callable[[Any], Recipe]
+    """The recipe for what was computed; from `remembered`."""
+
     def __init__(
         self,
         call: Callable[..., Any],
-        maker: Callable[..., Any],
-        arguments: dict[str, Any],
         computed: Callable[[], Any] = lambda: None,
         take_over: Callable[[Any], None] = lambda computed: None,
     ):
         """`computed` tells what was computed so far; `take_over` hands it to a new predictor."""
         functools.update_wrapper(self, call)
-        self._call, self._maker, self._arguments = call, maker.__name__, arguments
-        self._computed, self._take_over = computed, take_over
+        self._call, self._computed, self._take_over = call, computed, take_over
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)
 
     def __repr__(self) -> str:
-        return f"<predictor of {self._maker}>"
+        return f"<predictor of {self.recipe().maker}>"
 
     def recipe(self) -> Recipe:
         """How to make it again."""
-        return Recipe(self._maker, self._arguments, self._computed())
+        return self.made(self._computed())
 
     def resumed(self, computed: Any) -> Predictor:
         """Itself, with what another has computed."""
         self._take_over(computed)
         return self
+
+
+def remembered(maker: Callable[_P, Predictor]) -> Callable[_P, Predictor]:
+    """`maker`, whose predictors remember the arguments they were made with."""
+    signature = inspect.signature(maker)
+
+    @functools.wraps(maker)
+    def make(*args: _P.args, **kwargs: _P.kwargs) -> Predictor:
+        predictor = maker(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = {}
+        for name, value in bound.arguments.items():
+            further = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+            arguments |= value if further else {name: value}
+        predictor.made = functools.partial(Recipe, maker.__name__, arguments)
+        return predictor
+
+    return make

@@ -26,4 +26,5 @@ def keep_apart(tree: _T) -> _T:
         return tree
     # Always true, which the compiler cannot know.
     go = lax.optimization_barrier(jnp.zeros((), jnp.int32)) == 0
+    # The branches must differ, or there is no condition left.
     return lax.cond(go, lambda a: a, lax.optimization_barrier, tree)

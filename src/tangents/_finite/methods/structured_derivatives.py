@@ -370,15 +370,12 @@ class LeafKernel:
     def explain(self) -> str:
         """The plan as a table: weights, their uses, form, work in multiply-adds, bytes."""
         lines = table.rows(self.side1.analysis, self.forms, self._itemsize)
-        examples = (
-            f"{self.chunks.examples1} × {self.chunks.examples2} examples, "
-            if self.layout.mapped
-            else ""
-        )
+        chunks, examples = self.chunks, ""
+        if self.layout.mapped:
+            examples = f"{chunks.examples1} × {chunks.examples2} examples, "
         if self.head.axis is not None:
             size = self.shape1[self._logits(self.head.axis)]
             lines.append(f"the {size} logits come from {self.head.rank} numbers: passes for these")
-        chunks = self.chunks
         outputs = chunks.traced * chunks.kept * chunks.output1
         needed = format_bytes(self.held)
         lines.append(f"at once: {examples}{outputs} outputs; about {needed} of working memory")

@@ -295,7 +295,7 @@ def along(f: Factors, axis: tuple[int, int]) -> Callable[[Array | int, int], Fac
     # Made here, not where a slice is cut: that may be inside a loop.
     whole: dict[str, tuple[Array | None, int | None]] = {}
     for name, labels, lead in (
-        ("activation", None if use.factored.rows else use.activation, f.mapped),
+        ("activation", use.activation, f.mapped),
         ("cotangent", use.cotangent, f.mapped + 3),
     ):
         if name == "activation" and use.factored.rows:

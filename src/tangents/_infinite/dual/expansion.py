@@ -375,6 +375,12 @@ def _rough(side: _Side, parity: int | None, terms: int) -> Array:
     return products[-(used // 4) :].sum(0) / (squares.sum(0) + jnp.finfo(products.dtype).tiny)
 
 
+def _square(phi: Phi, var: Array) -> Array:
+    """E[phi^2] without hyperparameters."""
+    z, w, _ = (jnp.asarray(a, var.dtype) for a in _rule(64, var.dtype.itemsize))
+    return jnp.sum(w * jnp.square(phi({}, safe_sqrt(var)[..., None] * z)), -1)
+
+
 def _never() -> bool:
     return False
 
@@ -456,6 +462,7 @@ def expand(
         return _TERMS[array.dtype.itemsize] if terms is None else (terms,)
 
     slope_parity = None if parity is None else 1 - parity
+    square = functools.partial(_square, phi)
 
     def at_level(hyper, terms, cov12, var1, var2, side1, side2):
         ks = tuple(kinks(hyper))
@@ -500,11 +507,6 @@ def expand(
         if any(k.place != 0.0 or not _none(k.jumps[0]) for k in ks):
             return ()
         return tables_of(lambda x: phi({}, x), bool(ks), bends())
-
-    def square(var: Array) -> Array:
-        """E[phi^2] without hyperparameters."""
-        z, w, _ = (jnp.asarray(a, var.dtype) for a in _rule(64, var.dtype.itemsize))
-        return jnp.sum(w * jnp.square(phi({}, safe_sqrt(var)[..., None] * z)), -1)
 
     def bends() -> bool:
         """Jumps of the slope at 0 in single precision: what a table carries the gap for."""
