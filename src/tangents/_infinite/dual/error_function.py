@@ -17,9 +17,19 @@ import jax
 import jax.numpy as jnp
 
 from tangents._core.typing import Array
-from tangents._infinite.dual.angle import affine_gap, norm, reciprocal, sine_squared
+from tangents._infinite.dual.angle import (
+    affine_gap,
+    norm,
+    reciprocal,
+    safe_sqrt,
+    sine_squared,
+)
 from tangents._infinite.dual.form import Dual, DualKernel
-from tangents._infinite.dual.single_precision import arcsine_of_legs, is_single
+from tangents._infinite.dual.single_precision import (
+    arcsine_of_legs,
+    is_single,
+    sine_ratio_squared,
+)
 
 
 class Damped(NamedTuple):
@@ -84,49 +94,75 @@ def _erf_dual(hyper, cov12, var1, var2, gap12=None) -> Dual:
     return Dual(odd + c * c, scale * slope, gap)
 
 
+class _Own(NamedTuple):
+    """Of one example: t, a = arcsin(t), and the half angles of a and of pi/2 - a."""
+
+    t: Array
+    angle: Array
+    half: tuple[Array, Array]
+    half_rest: tuple[Array, Array]
+
+
+def _own(t: Array, rest: Array) -> _Own:
+    cosine = jnp.sqrt(rest * (2 - rest))
+    halves = []
+    for sine, other in ((t, cosine), (cosine, t)):
+        half_cosine = jnp.sqrt((1 + other) / 2)
+        halves.append((sine / (2 * half_cosine), half_cosine))
+    return _Own(t, _arcsine(t, cosine), *halves)
+
+
+def _sine_of_sum(one: tuple[Array, Array], two: tuple[Array, Array]) -> Array:
+    return one[0] * two[1] + one[1] * two[0]
+
+
 def _arcsine_gap(k, pair: Damped, gap12: Array, var1: Array, var2: Array):
-    """`(sqrt(a_1 a_2) - |arcsin(rho')|, a_1, a_2)` with a_i = arcsin(t_i); nothing cancels.
+    """`(sqrt(a_1 a_2) - r, a_1, a_2)` with a_i = arcsin(t_i) and r = |arcsin(rho')|.
 
-    With m = sqrt(t_1 t_2), the correlation of parallel inputs, and a = arcsin(m) there are two
-    parts. Of another direction: m - |rho'| = k sqrt(q_1 q_2) gap12, and
+    With m = sqrt(t_1 t_2), the correlation of parallel inputs, m - |rho'| = k sqrt(q_1 q_2) gap12.
+    With s = (a_1 + a_2) / 2 and d = (a_1 - a_2) / 2, t_1 t_2 = sin(s)^2 - sin(d)^2, so
 
-        sin(a - |arcsin(rho')|) = (m^2 - rho'^2) / (m cos(arcsin(rho')) + |rho'| cos(a)).
+        sin(s - r) sin(s + r) = sin(s)^2 - rho'^2 = (m - |rho'|) (m + |rho'|) + sin(d)^2,
+        s - sqrt(a_1 a_2) = d^2 / (s + sqrt(a_1 a_2)),
 
-    Of another norm: with d_1 = a_1 - a, d_2 = a - a_2, bent = d_1 - d_2, apart = d_1 + d_2,
-
-        sqrt(a_1 a_2) - a = (a bent - d_1 d_2) / (sqrt(a_1 a_2) + a),
-        d_1 d_2 = (apart^2 - bent^2) / 4,   a = (a_1 + a_2 - bent) / 2,
-
-    where the sines of d_1, d_2, apart and bent all have the factor t_1 - t_2 = k q_1 q_2 (var1 -
-    var2).
+    and only their difference cancels, for small inputs of different norms. There `_small_gap`.
     """
     q1, q2 = pair.rest1, pair.rest2
-    t1, t2 = k * var1 * q1, k * var2 * q2
-    cos1, cos2 = jnp.sqrt(q1 * (2 - q1)), jnp.sqrt(q2 * (2 - q2))
-    a1, a2 = _arcsine(t1, cos1), _arcsine(t2, cos2)
-    mean, cos_mean = norm(t1, t2), jnp.sqrt(q1 + t1 * q2)
+    one, two = _own(k * var1 * q1, q1), _own(k * var2 * q2, q2)
+    m, turned = norm(one.t, two.t), k * jnp.sqrt(q1) * jnp.sqrt(q2) * gap12
+    # From the gap alone: beside the covariance, errors of both would feed each other with depth.
+    size = m - turned
 
-    size = jnp.abs(pair.cosine)
-    to_mean = k * jnp.sqrt(q1) * jnp.sqrt(q2) * gap12 * (mean + size)
-    sine = to_mean * reciprocal(mean * pair.sine + size * cos_mean)
-    turned = _arcsine(sine, cos_mean * pair.sine + mean * size)
+    apart = jnp.square((one.angle - two.angle) / 2)
+    middle, s = (one.angle + two.angle) / 2, norm(one.angle, two.angle)
+    sine_s, cosine_s = _sine_of_sum(one.half, two.half), _sine_of_sum(one.half_rest, two.half_rest)
+    product = turned * (m + size) + apart * _sine_ratio_squared(apart)
+    sine = product * reciprocal(sine_s * pair.sine + cosine_s * size)
+    wide = _arcsine(sine, cosine_s * pair.sine + sine_s * size)
+    wide = wide - apart * reciprocal(middle + s)
+    small = _small_gap(one.t, two.t, m, turned)
+    gap = jnp.where(one.t + two.t < 0.25, small, jnp.maximum(wide, 0))
+    return gap, one.angle, two.angle
 
-    change = k * (var1 - var2) * q1 * q2
-    scale1, scale2 = t1 * cos_mean + mean * cos1, t2 * cos_mean + mean * cos2
-    inverse = reciprocal(scale1 * scale2)
-    sine1, sine2 = t1 * scale2 * inverse, t2 * scale1 * inverse  # of d_1, d_2, over the change
-    other1, other2 = cos1 * cos_mean + t1 * mean, cos2 * cos_mean + t2 * mean
-    squared, both = change * change, sine1 * other2 + sine2 * other1
-    across = (t1 + t2) * reciprocal((t1 * cos2 + t2 * cos1) * both)
-    sine = squared * mean * inverse * across * (sine1 + sine2)
-    bent = _arcsine(sine, other1 * other2 + squared * sine1 * sine2)
-    sine = change * across * both
-    small = sine * (1 + sine * sine * (1 / 6 + 3 / 40 * sine * sine))
-    apart = jnp.where(jnp.abs(sine) < 0.05, small, a1 - a2)
-    middle = (a1 + a2 - bent) / 2
-    wider = middle * bent - (apart * apart - bent * bent) / 4
-    wider = wider * reciprocal(norm(a1, a2) + middle)
-    return jnp.maximum(turned + wider, 0), a1, a2
+
+def _sine_ratio_squared(square: Array) -> Array:
+    """(sin(d) / d)^2 of d^2, for |d| <= pi/4."""
+    if is_single(square):
+        return sine_ratio_squared(square)
+    return jnp.square(jnp.sinc(safe_sqrt(square) / math.pi))
+
+
+def _small_gap(t1: Array, t2: Array, m: Array, turned: Array) -> Array:
+    """Series of both arcsin(m) - r, in `turned` = m - |rho'|, and sqrt(a_1 a_2) - arcsin(m).
+
+    The second is m e (1/12 + ...) with e = (t_1 - t_2)^2; to a few times 1e-5 of itself.
+    """
+    p, e, size = t1 * t2, jnp.square(t1 - t2), m - turned
+    first = m * m + m * size + size * size
+    second = m**4 + size * (m**3 + size * (m * m + m * size + size * size))
+    widened = 1 / 12 + 49 / 1440 * (e + 4 * p)
+    widened = widened + e * (2357 / 120960 * e + 2357 / 20160 * p) + 5389 / 30240 * p * p
+    return turned * (1 + first / 6 + 3 / 40 * second) + m * e * widened
 
 
 def _erf_diagonal(hyper, var: Array) -> Array:
@@ -149,13 +185,13 @@ def _gelu_dual(hyper, cov12, var1, var2, gap12=None) -> Dual:
     # With d = det(I + Sigma) = sine^2 / (rest1 rest2) and g the standard normal density,
     # E[g(u) g(v)] = 1 / (2 pi sqrt(d)); Stein's lemma, applied twice, gives both expectations.
     pair = damped(1, cov12, var1, var2, gap12)
-    rest = pair.rest1 * pair.rest2
-    root = pair.sine * jax.lax.rsqrt(rest)  # sqrt(d)
+    extra = () if gap12 is None else (gap12,)
+    d = 1 + (var1 + var2) + var1 * var2 * sine_squared(cov12, var1, var2, *extra)
+    root = (2 * math.pi) * jnp.sqrt(d)
     phi_phi = 0.25 + pair.arcsine / (2 * math.pi)
-    t1, t2 = var1 * pair.rest1, var2 * pair.rest2
-    nngp = cov12 * phi_phi + (t1 * t2 * root + cov12 * cov12 * rest / root) / (2 * math.pi)
-    inverse = rest / (pair.sine * pair.sine)  # 1 / d
-    d_nngp = phi_phi + cov12 / root * (pair.rest1 + pair.rest2 + inverse) / (2 * math.pi)
+    squares = (var1 * var2 * d + cov12 * cov12) * (pair.rest1 * pair.rest2)
+    nngp = cov12 * phi_phi + squares / root
+    d_nngp = phi_phi + cov12 * (pair.rest1 + pair.rest2 + 1 / d) / root
     return Dual(nngp, d_nngp)
 
 
