@@ -94,6 +94,8 @@ class Factors:
     mapped: bool
     sizes: dict[int, int] = field(default_factory=dict)
     """Of labels of which this is a slice."""
+    constant: frozenset[int] = frozenset()
+    """Axes of the probe along which the derivative is constant."""
 
     def __post_init__(self):
         """An activation that is missing would count as one."""
@@ -109,11 +111,25 @@ class Factors:
 
     @cached_property
     def cotangent(self) -> Array:
-        """G: (examples, traced, kept, output, labels of the use's cotangent)."""
+        """G: (examples, traced, kept, output, labels of the use's cotangent).
+
+        Of size one along positions where it is constant, and over which A is then summed.
+        """
         prepare = self.use.factored.prepare
         if prepare is None:
-            return self.derivative
+            return self._one_of_equals(self.derivative)
         return over_leading(prepare, self.derivative, self.mapped + 3 + self.use.loops)
+
+    def _one_of_equals(self, array: Array) -> Array:
+        use = self.use
+        if use.factored.rows or use.activation is None:
+            return array
+        own = {label for label, _, _ in use.weight}
+        lead = self.mapped + 3
+        for axis, label in enumerate(use.cotangent):
+            if axis in self.constant and label in use.activation and label not in own:
+                array = lax.slice_in_dim(array, 0, 1, axis=lead + axis)
+        return array
 
     def part(self, cut: Callable[[Array], Array]) -> Factors:
         """Of some of the examples; what is expanded or prepared is so once, for all of them."""
@@ -223,6 +239,9 @@ def _product(a: Term, b: Term, wanted: tuple[int, ...], how: lax.Precision) -> T
 
     first, axis1 = matrices(left, left_labels, rows)
     second, axis2 = matrices(right, right_labels, columns)
+    if not axis1 and volume(rows) > volume(columns):
+        # XLA's library product of transposed matrices takes up to twice as long the other way.
+        first, axis1, rows, second, axis2, columns = second, axis2, columns, first, axis1, rows
     lead = 1 if batch else 0
     numbers = (((lead + axis1,), (lead + axis2,)), ((0,), (0,)) if batch else ((), ()))
     product = lax.dot_general(

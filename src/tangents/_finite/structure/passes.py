@@ -16,6 +16,7 @@ from tangents._core.typing import Array
 from tangents._finite.problem import Problem
 from tangents._finite.side import Side
 from tangents._finite.structure.analysis import Analysis
+from tangents._finite.structure.constancy import Axes, constant_axes
 from tangents._finite.structure.contraction import Factors
 from tangents._finite.structure.execution import Execution
 
@@ -135,7 +136,7 @@ class Passes:
             return jax.vjp(lambda probes: network(probes, x, kw), zeros, has_aux=True)
 
         size = self.size = self.size or 1
-        (outputs, pull, kept), own = map_what_differs(one, data, axes, size)
+        (outputs, pull, kept), own, _ = map_what_differs(one, data, axes, size)
         spread = lambda array, differs: array if differs else _broadcast(array[None], size)
         self.outputs = jax.tree.map(spread, outputs, own[0])
         self.kept = jax.tree.map(spread, kept, own[2])
@@ -195,19 +196,28 @@ class Passes:
             spread: cotangents that are the same for all examples are repeated for each; otherwise
                 their axis of examples is of size one.
         """
-        cotangents = (
-            self._by_pushing(leaf, seeds) if self.forward else self._by_pulling(leaf, seeds, basis)
+        cotangents, constant = (
+            (self._by_pushing(leaf, seeds), {})
+            if self.forward
+            else self._by_pulling(leaf, seeds, basis)
         )
         if spread and self.size is not None:
             cotangents = {k: _broadcast(c, self.size) for k, c in cotangents.items()}
         return [
-            Factors(use, self.kept.get(k), cotangents[use.probe], self.traced.mapped)
+            Factors(
+                use,
+                self.kept.get(k),
+                cotangents[use.probe],
+                self.traced.mapped,
+                constant=constant.get(use.probe, frozenset()),
+            )
             for k, use in enumerate(self.traced.analysis.uses)
         ]
 
     def _by_pulling(
         self, leaf: int, seeds: Array, basis: tuple[int, Array] | None
-    ) -> dict[int, Array]:
+    ) -> tuple[dict[int, Array], dict[int, Axes]]:
+        """Cotangents of the probes, and the axes of each along which it is constant."""
         mapped = self.traced.mapped
 
         def cotangent(index: Array, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -238,14 +248,16 @@ class Passes:
         if mapped:
             assert self.size is not None
             axes = jax.tree.map(lambda differs: 0 if differs else None, self._own)
-            found, own = map_what_differs(rows, (self._pull,), (axes,), self.size)
+            found, own, constant = map_what_differs(rows, (self._pull,), (axes,), self.size)
             found = {k: r if own[k] else r[None] for k, r in found.items()}
+            constant = {k: frozenset(a - 1 for a in axes if a) for k, axes in constant.items()}
         else:
-            found = rows(self._pull)
+            found, constant = rows(self._pull), {}
         at = 1 if mapped else 0
-        return {
+        cotangents = {
             k: r.reshape(*r.shape[:at], *seeds.shape, *r.shape[at + 1 :]) for k, r in found.items()
         }
+        return cotangents, constant
 
     def _by_pushing(self, leaf: int, seeds: Array) -> dict[int, Array]:
         mapped = self.traced.mapped
@@ -277,7 +289,7 @@ def _broadcast(array: Array, size: int) -> Array:
 
 def map_what_differs(
     function: Callable[..., Any], arguments: Sequence[Any], axes: Sequence[Any], size: int
-) -> tuple[Any, Any]:
+) -> tuple[Any, Any, Any]:
     """`jax.vmap`, but outputs that depend on no mapped argument get no axis in front.
 
     Args:
@@ -287,7 +299,8 @@ def map_what_differs(
         size: number of entries along these axes.
 
     Returns:
-        The outputs, and a tree of whether each has the axis.
+        The outputs, a tree of whether each has the axis, and one of the axes of `function`'s
+        outputs along which they are constant.
     """
     flat, tree = tree_util.tree_flatten(tuple(arguments))
     along = tree_util.tree_leaves(tuple(axes), is_leaf=lambda a: a is None)
@@ -306,7 +319,8 @@ def map_what_differs(
         out_axes=[0 if differs else None for differs in own],
         axis_size=size,
     )
-    return structure.unflatten(mapped(*flat)), structure.unflatten(own)
+    constant = constant_axes(closed.jaxpr)
+    return tuple(map(structure.unflatten, (mapped(*flat), own, constant)))
 
 
 def _depends(jaxpr: Any, inputs: Sequence[bool]) -> list[bool]:

@@ -25,7 +25,6 @@ with G as above: what is subtracted, times k1 k2, is the gap after the layer, wi
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -40,7 +39,8 @@ from tangents._core.typing import Array
 from tangents._infinite.dual.angle import reciprocal, relative_gap, safe_sqrt, sine_squared
 from tangents._infinite.dual.single_precision import folded_angle
 
-_REACHES = (2.5, 8.0)  # largest standard deviations: a longer table costs more for each pair
+# Largest standard deviations: longer tables cost more for each pair, and each is compiled.
+_SHORT, _USUAL, _LONG = 1.75, 2.5, 8.0
 
 _DEVIATIONS = 28  # Chebyshev points of the standard deviation
 _ANGLES = 40  # at most, of x
@@ -309,7 +309,9 @@ def _signs(factors: Factors, features: Array) -> Array:
 
 
 def tables_of(fn: Scalar, kinked: bool, bends: bool) -> tuple[Table, ...]:
-    """Tables of a function smooth apart from 0, of growing reach; those that hold it.
+    """Tables of a function smooth apart from 0, of growing reach: none, or the two that hold it.
+
+    A function that bends too fast for the long table takes many products, so a short one pays.
 
     kinked: is it not smooth at 0. bends: does its slope jump there, so that the gap is carried on.
 
@@ -335,8 +337,14 @@ def tables_of(fn: Scalar, kinked: bool, bends: bool) -> tuple[Table, ...]:
         None,
     )
     parity = None if kinked else parity
-    each = (_table(evaluate, reach, parity, kinked, bends) for reach in _REACHES)
-    return tuple(itertools.takewhile(lambda table: _holds(table, evaluate), each))
+
+    def made(reach: float) -> tuple[Table, ...]:
+        table = _table(evaluate, reach, parity, kinked, bends)
+        return (table,) if _holds(table, evaluate) else ()
+
+    usual = made(_USUAL)
+    longer = usual and made(_LONG)
+    return usual + longer if longer or not usual else made(_SHORT) + usual
 
 
 def _holds(table: Table, evaluate: Callable) -> bool:
