@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 
 from infinite.dual.table import ROWS, WITHOUT_PHI
 from tangents._infinite.dual.angle import poles
+from tangents._infinite.dual.error_function import ERF
 from tangents._infinite.dual.form import Dual
 
 CARRIERS = [row for row in (*ROWS, WITHOUT_PHI) if row.carries_gap]
@@ -45,6 +47,26 @@ def test_gap_form_is_the_plain_form(row, x64):
     assert np.all(np.abs(got.gap12 - (size - np.abs(got.nngp))) <= 20 * eps * size)
     far = gap > 1e-2 * np.sqrt(v1 * v2)  # elsewhere the given c does not determine the angle
     np.testing.assert_allclose(got.d_nngp[far], plain.d_nngp[far], rtol=1e4 * eps, atol=100 * eps)
+
+
+@pytest.mark.parametrize("deviations", [(0.02, 0.38), (0.1, 0.2), (3e-3, 0.07), (40.0, 300.0)])
+@pytest.mark.parametrize("share", [0.0, 1e-5, 0.3])
+def test_gap_of_erf_between_different_norms(deviations, share, x64):
+    """Where both terms of the gap nearly cancel, and where arcsines are near pi/2."""
+    dtype = jnp.float64 if x64 else jnp.float32
+    v1, v2 = (np.asarray(sd * sd, dtype) for sd in deviations)
+    gap = np.asarray(share * np.sqrt(v1 * v2), dtype)
+    cov = np.asarray(np.sqrt(v1 * v2) - gap, dtype)
+    hyper = {"a": jnp.ones((), dtype), "b": jnp.ones((), dtype), "c": jnp.zeros((), dtype)}
+    got = float(ERF.dual(hyper, *map(jnp.asarray, (cov, v1, v2, gap))).gap12)
+    with mpmath.workdps(50):
+        a, b, c = (mpmath.mpf(float(v)) for v in (v1, v2, gap))
+        asin = lambda p, q, s: mpmath.asin(2 * s / mpmath.sqrt((1 + 2 * p) * (1 + 2 * q)))
+        size = mpmath.sqrt(asin(a, a, a) * asin(b, b, b))
+        exact = (size - asin(a, b, mpmath.sqrt(a * b) - c)) * 2 / mpmath.pi
+        error = abs(got - exact)
+        assert error <= 8 * float(jnp.finfo(dtype).eps) * size
+        assert error <= (1e-9 if x64 else 1e-4) * exact
 
 
 @row_of

@@ -51,8 +51,8 @@ def test_single_precision_against_the_expansion(name):
 
 def test_what_no_table_holds_is_left_out():
     assert tabulated.tables_of(lambda x: jnp.tanh(300 * x), False, False) == ()
-    short = tabulated.tables_of(jnp.tanh, False, False)
-    assert [table.reach for table in short] == [1.75, 2.5]
+    tables = tabulated.tables_of(jnp.tanh, False, False)
+    assert [table.reach for table in tables] == [1.75, 2.5]
 
 
 def test_longer_deviations_take_the_series():

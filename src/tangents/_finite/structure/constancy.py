@@ -1,8 +1,8 @@
 """Along which axes the results of a jaxpr are surely constant.
 
-The cotangent of a layer in front of a mean over positions is the same at each of them: then the
-activations may be summed first, and the product over positions is not needed. What is not known to
-be constant counts as varying.
+The cotangent of a layer in front of a mean over positions is the same at each of them: then
+activations are summed before gradients are made of them. What is not known to be constant counts as
+varying.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ _ELEMENTWISE = frozenset(ELEMENTWISE)
 
 def constant_axes(jaxpr: Any, inputs: Sequence[Axes] | None = None) -> list[Axes]:
     """Of each output; `inputs`: of each input (none, if not given)."""
-    known: dict[Any, Axes] = dict(zip(jaxpr.invars, inputs or (), strict=False))
+    given = [frozenset()] * len(jaxpr.invars) if inputs is None else inputs
+    known: dict[Any, Axes] = dict(zip(jaxpr.invars, given, strict=True))
 
     def of(atom: Any) -> Axes:
-        if isinstance(atom, jex.Literal):
-            return frozenset(range(np.ndim(atom.val)))
-        return known.get(atom, frozenset())
+        return frozenset() if isinstance(atom, jex.Literal) else known.get(atom, frozenset())
 
     for eqn in jaxpr.eqns:
         found = _step(eqn, [of(atom) for atom in eqn.invars])

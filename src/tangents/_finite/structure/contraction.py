@@ -121,13 +121,16 @@ class Factors:
         return over_leading(prepare, self.derivative, self.mapped + 3 + self.use.loops)
 
     def _one_of_equals(self, array: Array) -> Array:
-        use = self.use
-        if use.factored.rows or use.activation is None:
-            return array
+        use, lead = self.use, self.mapped + 3
+        read = () if use.activation is None or use.factored.rows else use.activation
         own = {label for label, _, _ in use.weight}
-        lead = self.mapped + 3
         for axis, label in enumerate(use.cotangent):
-            if axis in self.constant and label in use.activation and label not in own:
+            size = array.shape[lead + axis]
+            if axis not in self.constant or size == 1 or label not in read or label in own:
+                continue
+            assert self.activation is not None
+            # One of size one would stand for all positions, and not be summed over them.
+            if self.activation.shape[self.mapped + read.index(label)] == size:
                 array = lax.slice_in_dim(array, 0, 1, axis=lead + axis)
         return array
 

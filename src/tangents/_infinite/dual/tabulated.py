@@ -309,7 +309,7 @@ def _signs(factors: Factors, features: Array) -> Array:
 
 
 def tables_of(fn: Scalar, kinked: bool, bends: bool) -> tuple[Table, ...]:
-    """Tables of a function smooth apart from 0, of growing reach: none, or the two that hold it.
+    """Tables of a function smooth apart from 0, of growing reach; at most two, that hold it.
 
     A function that bends too fast for the long table takes many products, so a short one pays.
 
