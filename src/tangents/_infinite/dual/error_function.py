@@ -153,9 +153,10 @@ def _angles_apart(one: _Own, two: _Own, change: Array) -> Array:
     sine = change * (one.t + two.t) * reciprocal(one.t * two.cosine + two.t * one.cosine)
     near = jnp.abs(sine) < 0.05
     square = jnp.square(jnp.where(near, sine, 0))
-    series = 1 + square * (1 / 6 + square * (3 / 40 + square * (15 / 336 + square * 105 / 3456)))
-    if not is_single(sine):
-        series = series + square**5 * (945 / 42240 + square * 10395 / 599040)
+    terms = [1, 1 / 6, 3 / 40, 15 / 336, 105 / 3456, 945 / 42240, 10395 / 599040]
+    series: Array | float = 0.0
+    for term in reversed(terms[: 3 if is_single(sine) else 7]):
+        series = series * square + term
     return jnp.where(near, sine * series, one.angle - two.angle)
 
 
