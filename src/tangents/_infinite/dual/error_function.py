@@ -95,11 +95,11 @@ def _erf_dual(hyper, cov12, var1, var2, gap12=None) -> Dual:
 
 
 class _Own(NamedTuple):
-    """Of one example: t, a = arcsin(t), its cosine, and the half angles of a and of pi/2 - a."""
+    """Of one example: t, a = arcsin(t), pi/2 - a, and the half angles of both."""
 
     t: Array
     angle: Array
-    cosine: Array
+    rest: Array
     half: tuple[Array, Array]
     half_rest: tuple[Array, Array]
 
@@ -110,7 +110,7 @@ def _own(t: Array, rest: Array) -> _Own:
     for sine, other in ((t, cosine), (cosine, t)):
         half_cosine = jnp.sqrt((1 + other) / 2)
         halves.append((sine / (2 * half_cosine), half_cosine))
-    return _Own(t, _arcsine(t, cosine), cosine, *halves)
+    return _Own(t, _arcsine(t, cosine), _arcsine(cosine, t), *halves)
 
 
 def _sine_of_sum(one: tuple[Array, Array], two: tuple[Array, Array]) -> Array:
@@ -135,7 +135,9 @@ def _arcsine_gap(k, pair: Damped, gap12: Array, var1: Array, var2: Array):
     # From the gap alone: beside the covariance, errors of both would feed each other with depth.
     size = m - turned
 
-    apart = jnp.square(_angles_apart(one, two, k * (var1 - var2) * q1 * q2) / 2)
+    # Near pi/2 the differences of a_i have digits in what is missing.
+    apart = jnp.where(one.t + two.t > 1.4, two.rest - one.rest, one.angle - two.angle)
+    apart = jnp.square(apart / 2)
     middle, s = (one.angle + two.angle) / 2, norm(one.angle, two.angle)
     sine_s, cosine_s = _sine_of_sum(one.half, two.half), _sine_of_sum(one.half_rest, two.half_rest)
     product = turned * (m + size) + apart * _sine_ratio_squared(apart)
@@ -146,18 +148,6 @@ def _arcsine_gap(k, pair: Damped, gap12: Array, var1: Array, var2: Array):
     wide = jnp.where(m > 0, jnp.maximum(wide, 0), 0)
     reach = 0.25 if is_single(m) else 0.01
     return jnp.where(one.t + two.t < reach, small, wide), one.angle, two.angle
-
-
-def _angles_apart(one: _Own, two: _Own, change: Array) -> Array:
-    """a_1 - a_2, from `change` = t_1 - t_2 where they are near."""
-    sine = change * (one.t + two.t) * reciprocal(one.t * two.cosine + two.t * one.cosine)
-    near = jnp.abs(sine) < 0.05
-    square = jnp.square(jnp.where(near, sine, 0))
-    terms = [1, 1 / 6, 3 / 40, 15 / 336, 105 / 3456, 945 / 42240, 10395 / 599040]
-    series: Array | float = 0.0
-    for term in reversed(terms[: 3 if is_single(sine) else 7]):
-        series = series * square + term
-    return jnp.where(near, sine * series, one.angle - two.angle)
 
 
 def _sine_ratio_squared(square: Array) -> Array:
