@@ -19,6 +19,15 @@ _T = TypeVar("_T")
 _FUSES = jax.__version_info__ < (0, 12)
 
 
+def made_once(tree: _T, pairs: jax.Array) -> _T:
+    """Arrays of one side, computed and written before those of `pairs` that broadcast them.
+
+    Fused into what reads them, sums and products of a side would be computed again for each pair.
+    """
+    small = all(a.size < pairs.size for a in jax.tree.leaves(tree))
+    return keep_apart(tree) if small else tree
+
+
 def keep_apart(tree: _T) -> _T:
     """The same arrays, computed once and written."""
     tree = lax.optimization_barrier(tree)
