@@ -10,6 +10,7 @@ import tangents as nt
 from finite.table import normal
 from reference import finite as reference
 from tangents._finite.methods import structured_derivatives
+from tangents._finite.structure import terms
 
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 
@@ -51,3 +52,20 @@ def test_gradients_in_parts(axes, count, rtol, monkeypatch):
         np.testing.assert_allclose(got, expected, rtol=rtol, atol=10 * rtol * scale)
     if jax.default_backend() == "cpu":
         assert parts and set(parts) <= {1, 2}
+
+
+def linear(p, x):
+    """The passes of all examples are one, and so is the term of a bias."""
+    return (x.mean((1, 2)) @ p["table"] + p["head"][:, 0]) @ p["head"]
+
+
+@pytest.mark.parametrize("f", [network, linear], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("axes", [((), ()), ((-1,), ()), ((), (-1,))], ids=str)
+def test_symmetric_kernels_in_blocks(f, axes, rtol, monkeypatch):
+    """Blocks of parts of the examples, of different sizes, up to the diagonal."""
+    p = {name: normal(k, *shape) for k, (name, shape) in enumerate(SHAPES.items())}
+    x = normal(10, 5, 4, 4, 2)
+    monkeypatch.setattr(terms, "BLOCKS", ((5, 3),))
+    got = nt.empirical_ntk_fn(f, *axes, 0, 3)(x, None, p)
+    expected = reference.ntk(f, p, x, None, *axes)
+    np.testing.assert_allclose(got, expected, rtol=rtol, atol=10 * rtol * np.abs(expected).max())
