@@ -463,7 +463,9 @@ class LeafKernel:
             size = self._examples_in_cache(passes.size)
             if size is None:
                 return SideTerms.of(side, factors(passes), self.dense, layout)
-            return SideTerms.by_parts(side, passes, size, factors, self.dense, layout)
+            return SideTerms.by_parts(
+                side, passes, size, factors, self.dense, layout, one_sided=shared
+            )
 
         def contracted(mine: SideTerms, other: SideTerms) -> Array:
             if mine is other and self._mirrored:

@@ -222,6 +222,11 @@ def _product(a: Term, b: Term, wanted: tuple[int, ...], how: lax.Precision) -> T
         names = tuple(k for k in wanted if k in left_labels or k in right_labels)
         return spread(a, names) * spread(b, names), names
     batch = [k for k in common if k in wanted]
+    large, small = (a, b) if len(left_labels) >= len(right_labels) else (b, a)
+    if batch and all(k in large[1] for k in small[1]):
+        # A product of vectors for each entry of the batch, such as the gradient of a scale: as a
+        # product of matrices both would be transposed first.
+        return _summed(large[0] * spread(small, large[1]), large[1], wanted)
     rows = [k for k in left_labels if k not in common]
     columns = [k for k in right_labels if k not in common]
     sizes = dict(zip(left_labels, left.shape)) | dict(zip(right_labels, right.shape))

@@ -166,16 +166,18 @@ class Passes:
         assert self.size is not None and self.size % size == 0
         pull, tree = tree_util.tree_flatten(self._pull)
         differs = tree_util.tree_leaves(self._own)
-        cut = lambda a: a.reshape(-1, size, *a.shape[1:])
-        own = [cut(a) for a, yes in zip(pull, differs, strict=True) if yes]
-        kept = {k: cut(a) for k, a in self.kept.items()}
+        # As matrices: of axes of size one XLA chooses orders, and copies to bring them in line.
+        cut = lambda a: a.reshape(a.shape[0] // size, -1)
+        own = [a for a, yes in zip(pull, differs, strict=True) if yes]
+        back = lambda row, a: row.reshape(size, *a.shape[1:])
 
         def one(given: tuple[list[Array], dict[int, Array]]) -> Any:
-            mine = iter(given[0])
+            mine = iter([back(row, a) for row, a in zip(given[0], own, strict=True)])
             leaves = [next(mine) if yes else a for a, yes in zip(pull, differs, strict=True)]
-            return function(self.part(tree.unflatten(leaves), given[1], size))
+            kept = {k: back(row, self.kept[k]) for k, row in given[1].items()}
+            return function(self.part(tree.unflatten(leaves), kept, size))
 
-        return lax.map(one, (own, kept))
+        return lax.map(one, ([cut(a) for a in own], {k: cut(a) for k, a in self.kept.items()}))
 
     def factors(
         self,

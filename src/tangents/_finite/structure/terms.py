@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,8 +18,11 @@ from tangents._finite.structure import contraction
 from tangents._finite.structure.contraction import Factors, Layout, Products, Term, flat_labels
 from tangents._finite.structure.passes import Passes, Traced
 
-BLOCKS = ((64, 4), (8, 2))
+BLOCKS = ((64, 4), (16, 2))
 """(examples, parts): from so many examples on a symmetric kernel is made in blocks of parts."""
+
+SMALL = 1 / 16
+"""Of the entries of all gradients: a weight with no more is joined with others."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +51,32 @@ class SideTerms:
         factors_of: Callable[[Passes], list[Factors]],
         dense: set[int],
         layout: Layout,
+        *,
+        one_sided: bool,
     ) -> SideTerms:
         """The same, gradients made of so many examples at a time.
 
         What is held of all examples is their gradients, and cotangents of the other weights.
+        Gradients that only meet themselves (`one_sided`) may have their entries in any order: those
+        of small weights are one vector, and one product in place of one for each weight.
         """
         uses, rest = side.analysis.uses, _others(side, dense)
+        summed = {contraction.EXAMPLE1, contraction.TRACED}
         labels: dict[int, tuple[int, ...]] = {}
+        shapes: dict[int, tuple[int, ...]] = {}
 
         def one(part: Passes) -> tuple[dict[int, Array], dict[int, Array]]:
             factors = factors_of(part)
             found = _gradients(side, factors, dense, layout)
+            if one_sided and all(
+                k in summed or k >= contraction.FIRST for _, own in found.values() for k in own
+            ):
+                found = _joined(found, layout)
             labels.update({k: own for k, (_, own) in found.items()})
             cotangents = {uses[k].probe: factors[k].derivative for k in rest}
-            return {k: array for k, (array, _) in found.items()}, cotangents
+            arrays = {k: array for k, (array, _) in found.items()}
+            shapes.update({k: array.shape for k, array in arrays.items()})
+            return {k: a.reshape(a.shape[0], -1) for k, a in arrays.items()}, cotangents
 
         arrays, cotangents = passes.over_parts(size, one)
 
@@ -68,11 +85,15 @@ class SideTerms:
                 return stack[0]
             return stack.reshape(-1, *stack.shape[2:])
 
+        def gradient(k: int) -> Term:
+            array = joined(arrays[k])
+            return array.reshape(array.shape[0], *shapes[k][1:]), labels[k]
+
         whole = {k: joined(c) for k, c in cotangents.items()}
         factors = {
             k: Factors(uses[k], passes.kept.get(k), whole[uses[k].probe], True) for k in rest
         }
-        return cls(factors, {k: (joined(a), labels[k]) for k, a in arrays.items()})
+        return cls(factors, {k: gradient(k) for k in arrays})
 
     def part(self, start: int, stop: int) -> SideTerms:
         """Of some of the examples."""
@@ -259,6 +280,23 @@ def _gradients(
             whole[weight] = whole[weight] + more if weight in whole else more
     labels = flat_labels(layout)
     return result | {k: (g, labels) for k, g in whole.items()}
+
+
+def _joined(gradients: dict[int, Term], layout: Layout) -> dict[int, Term]:
+    """The same, the small ones as one gradient whose entries are those of each in turn."""
+    entries = {k: math.prod(array.shape[1:]) for k, (array, _) in gradients.items()}
+    small = [k for k, n in entries.items() if n <= SMALL * sum(entries.values())]
+    if len(small) < 2:
+        return gradients
+    arrays = [gradients[k][0] for k in small]
+    examples = max(array.shape[0] for array in arrays)
+    dtype = functools.reduce(jnp.promote_types, (array.dtype for array in arrays))
+    rows = [
+        jnp.broadcast_to(array, (examples, *array.shape[1:])).reshape(examples, -1).astype(dtype)
+        for array in arrays
+    ]
+    one = jnp.concatenate(rows, axis=1), (*layout.examples1, contraction.FIRST)
+    return {k: term for k, term in gradients.items() if k not in small} | {small[0]: one}
 
 
 def _pull_prologue(side: Traced, gradients: dict[int, Array]) -> dict[int, Array]:
