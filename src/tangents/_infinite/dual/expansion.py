@@ -43,7 +43,7 @@ import numpy as np
 
 from tangents._core import precision
 from tangents._core.typing import Array
-from tangents._infinite.dual import arc_cosine
+from tangents._infinite.dual import arc_cosine, corners
 from tangents._infinite.dual.angle import norm, reciprocal, safe_sqrt, sine_squared
 from tangents._infinite.dual.form import Dual
 from tangents._infinite.dual.orthant import mirrored, power_coefficients, ramps_and_steps
@@ -56,6 +56,7 @@ _TERMS = {4: (16, 32, 64, 160, 640), 8: (64, 256, 1024)}  # by bytes of a number
 _REACH = {4: 7.0, 8: 10.0}  # of the quadrature, in standard deviations
 _SMALL = {4: 1e-5, 8: 1e-13}  # share of the last quarter of the series that does not matter
 _ROUNDING = {4: 2e-6, 8: 1e-13}  # of a sum of squares
+_LINE = 4  # terms for a phi that is a line but for its kinks
 _UNROLLED = 40
 _BLOCK = 16
 _CHUNK = 8192  # variances whose coefficients are computed at once
@@ -459,7 +460,13 @@ def expand(
     """
 
     def levels_of(array: Array) -> tuple[int, ...]:
-        return _TERMS[array.dtype.itemsize] if terms is None else (terms,)
+        known = _LINE if line() is not None else terms
+        return _TERMS[array.dtype.itemsize] if known is None else (known,)
+
+    @functools.cache
+    def line() -> tuple[float, float] | None:
+        """Phi without its kinks, where that is a line known beforehand."""
+        return corners.line(lambda x: phi({}, x), kinks({})) if tabulated else None
 
     slope_parity = None if parity is None else 1 - parity
     square = functools.partial(_square, phi)
@@ -515,6 +522,10 @@ def expand(
 
     def from_sides(hyper, cov12, var1, var2, side1, side2, gap12=None) -> Dual:
         args = (cov12, var1, var2, side1, side2)
+        single = cov12.dtype == jnp.float32
+        bent = corners.bent(line(), kinks({})) if single and line() else None
+        if bent is not None:
+            return Dual(*corners.dual(bent, functools.partial(series, {}, (_LINE,)), *args))
         found = tables() if tabulated and is_single(cov12) else ()
         if not found:
             return Dual(*series(hyper, levels_of(cov12), *args))
