@@ -37,3 +37,18 @@ def keep_apart(tree: _T) -> _T:
     go = lax.optimization_barrier(jnp.zeros((), jnp.int32)) == 0
     # The branches must differ, or there is no condition left.
     return lax.cond(go, lambda a: a, lax.optimization_barrier, tree)
+
+
+def made_together(one: jax.Array, two: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Two arrays in one, so that what both are made of is computed once.
+
+    XLA on CPU makes each result of a program by a fusion of its own, with all that it reads.
+    """
+    if one.dtype != two.dtype or one.dtype not in (jnp.float32, jnp.float64):
+        return one, two
+    return lax.complex(one, two) if jax.default_backend() == "cpu" else (one, two)
+
+
+def taken_apart(pair: jax.Array | tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The arrays of `made_together`, to be called where they are results: after a conditional."""
+    return pair if isinstance(pair, tuple) else (lax.real(pair), lax.imag(pair))

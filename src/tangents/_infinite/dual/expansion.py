@@ -43,12 +43,13 @@ import numpy as np
 
 from tangents._core import precision
 from tangents._core.typing import Array
+from tangents._infinite.barrier import made_together, taken_apart
 from tangents._infinite.dual import arc_cosine, corners
 from tangents._infinite.dual.angle import norm, reciprocal, safe_sqrt, sine_squared
 from tangents._infinite.dual.form import Dual
 from tangents._infinite.dual.orthant import mirrored, power_coefficients, ramps_and_steps
 from tangents._infinite.dual.single_precision import is_single
-from tangents._infinite.dual.tabulated import Sums, Table, sums, tables_of
+from tangents._infinite.dual.tabulated import Shape, Sums, Table, sums, tables_of
 
 Phi = Callable[[Any, Array], Array]
 
@@ -405,7 +406,7 @@ def _from_tables(
     gap = gap12[0] if gap12 else None
     largest = jnp.maximum(jnp.max(side1, initial=0), jnp.max(side2, initial=0))
     longest = _TERMS[cov12.dtype.itemsize][-1:]
-    kinked = tables[0].kinked
+    kinked = tables[0].shape == Shape.KINKED
 
     def tabulated(table, cov12, var1, var2, *others):
         return sums(table, cov12, *others)
@@ -413,18 +414,18 @@ def _from_tables(
     def summed(cov12, var1, var2, side1, side2, gap):
         value, slope = series(longest, cov12, var1, var2, side1, side2, gap)
         if not kinked:
-            return Sums(value, slope, None, None)
-        scale1, scale2 = (safe_sqrt(square(v)) for v in (side1, side2))
-        return Sums(jnp.maximum(scale1 * scale2 - value, 0), slope, scale1, scale2)
+            return Sums(made_together(value, slope), ())
+        scales = safe_sqrt(square(side1)), safe_sqrt(square(side2))
+        near = jnp.maximum(scales[0] * scales[1] - value, 0)
+        return Sums(made_together(near, slope), scales)
 
     level = sum(((largest > t.reach**2).astype(jnp.int32) for t in tables), start=jnp.int32(0))
     branches = [*(functools.partial(tabulated, table) for table in tables), summed]
-    near, slope, scale1, scale2 = jax.lax.switch(
-        level, branches, cov12, var1, var2, side1, side2, gap
-    )
+    pair, scales = jax.lax.switch(level, branches, cov12, var1, var2, side1, side2, gap)
+    near, slope = taken_apart(pair)
     if not kinked:
         return near, slope
-    scale = scale1 * scale2
+    scale = scales[0] * scales[1]
     nngp = scale - near
     return (nngp, slope, jnp.where(nngp < 0, scale + nngp, near)) if gap12 else (nngp, slope)
 

@@ -43,6 +43,7 @@ _FUNCTIONS: dict[str, Callable] = {
     "angle": _angle,
     "segment": _segment,
     "half angle": lambda square: 2 * np.arctan(np.sqrt(square)) / np.sqrt(square),
+    "opening": lambda root: (1 - 2 * np.sin((np.pi / 2 - 2 * np.arcsin(root / 2**0.5)) / 3)) / root,
     "sine": lambda square: np.sinc(np.sqrt(square) / np.pi) ** 2,
 }
 
@@ -63,6 +64,19 @@ def is_single(x: Array) -> bool:
 def folded_angle(deviation: Array) -> Array:
     """Theta in [0, pi/2] of `deviation` = 1 - cos(theta)."""
     return jnp.sqrt(deviation) * _evaluate("angle", 7, deviation)
+
+
+def opening(deviation: Array) -> Array:
+    """1 - 2 sin((pi/2 - theta) / 3), theta in [0, pi/2]: in proportion to theta near 0."""
+    root = jnp.sqrt(deviation)
+    coefficients = _interpolated("opening", 10, 1.0)
+    square, halves = deviation, []
+    for part in (coefficients[::2], coefficients[1::2]):  # side by side, for a shorter chain
+        total: Array | float = part[-1]
+        for c in part[-2::-1]:
+            total = total * square + c
+        halves.append(total)
+    return root * (halves[0] + root * halves[1])
 
 
 def segment(deviation: Array) -> Array:

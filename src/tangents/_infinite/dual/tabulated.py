@@ -1,31 +1,43 @@
 """Dual kernels of one function in single precision: tabulated once, evaluated as short sums.
 
-The normalised dual of phi is a function of the correlation and of two standard deviations. In the
-angle it is smooth, so a Chebyshev series in x holds it (x = rho, for a phi with kinks at 0
-x = 1 - 2 theta / pi, in which nothing is singular), and each coefficient, a symmetric function of
-both deviations, is a short sum of products:
+The dual of phi' is a function of the correlation and of two standard deviations. In a variable x of
+the correlation it is a short series of polynomials, and each coefficient, a symmetric function of
+both deviations, a short sum of products:
 
-    E[phi(u) phi(v)] = sum_m T_m(x) sum_r +-f_mr(sd1) f_mr(sd2).
+    E[phi'(u) phi'(v)] = sum_m p_m(x) sum_r +-f_mr(sd1) f_mr(sd2).
 
 The table is made on the host in float64 when a program is traced, once for a function: the
 expectation at Chebyshev points of x and of the deviations, by quadrature in polar coordinates whose
 panels end at the kinks; the coefficients' eigenvectors with eigenvalues above a tolerance are the
 f_mr. They belong to one side each, so that of a pair some tens of multiplications are left, with
-neither a branch nor a transcendental function, in Clenshaw's recurrence. phi' has a table of its
-own. (Han et al. 2022, "Fast neural kernel embeddings for general activations", truncate the series
-of powers of rho, which needs as many terms as there are, close to rho = 1.)
+neither a branch nor a transcendental function, in Clenshaw's recurrence. (Han et al. 2022, "Fast
+neural kernel embeddings for general activations", truncate the series of powers of rho, which needs
+as many terms as there are, close to rho = 1.)
 
-Where the slope of phi jumps, kernels are wanted to the last digit of the angle. There
+The dual of phi needs no table of its own, for its derivative in rho is sd1 sd2 times that of phi'
+(Price 1958), and integrals of the p_m are short sums of such polynomials. Where phi is smooth
+x = rho and p_m = 2 T_m, and the integral starts at rho = 0, where the expectation is a product of
+two means. (Of an odd phi there are even m alone.)
 
-    E[phi(u) phi(v)] = k1 k2 (1 - sum_r (h_r(sd1) - h_r(sd2))^2 - theta^2 G),   k = E[phi^2]^(1/2),
+Where phi has a kink at 0 all is smooth in the angle, and singular in rho at both ends. Then
+rho = x (3 - x^2) / 2, that is x = 2 sin((pi / 2 - theta) / 3), and p_m are Gegenbauer polynomials
+of weight d rho = 3/2 (1 - x^2) dx, q_m those of weight (1 - x^2)^2, scaled as in `_combined`:
 
-with G as above: what is subtracted, times k1 k2, is the gap after the layer, without cancellation.
+    int_x^1 p_m d rho = 3 / (m + 3) (1 - x^2)^2 q_(m-1),    int_x^1 p_0 d rho = 1 - rho
+
+(DLMF 18.9.20), and from the same sum
+
+    E[phi(u) phi(v)] = k1 k2 (1 - sum_r (h_r(sd1) - h_r(sd2))^2) - sd1 sd2 int_x^1 ...,
+    k = E[phi^2]^(1/2):
+
+what is subtracted is the gap after the layer, without cancellation.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import enum
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,15 +48,16 @@ from numpy.polynomial import chebyshev
 
 from tangents._core import precision
 from tangents._core.typing import Array
+from tangents._infinite.barrier import made_once, made_together
 from tangents._infinite.dual.angle import reciprocal, relative_gap, safe_sqrt, sine_squared
-from tangents._infinite.dual.single_precision import folded_angle
+from tangents._infinite.dual.single_precision import opening
 
 # Largest standard deviations: longer tables cost more for each pair, and each is compiled.
 _SHORT, _USUAL, _LONG = 1.75, 2.5, 8.0
 
 _DEVIATIONS = 28  # Chebyshev points of the standard deviation
 _ANGLES = 40  # at most, of x
-_TOLERANCE = {"value": 6e-8, "slope": 2e-7}
+_TOLERANCE = 2e-7
 _HOLDS = (8e-7, 1e-6)  # errors of value and slope with which a table is used
 _REACH = 8.5  # of the radius
 _RADII, _PANEL = 64, 24  # nodes of the radius, and of the polar angle between two kinks
@@ -54,34 +67,42 @@ Scalar = Callable[[Any], Any]
 
 
 class Factors(NamedTuple):
-    """sum_m T_m(x) sum_r sign_mr f_mr f_mr.
+    """sum_m p_m(x) sum_r sign_mr f_mr f_mr.
 
     ranks: numbers of products of every m. rows: (sum of ranks, coefficients in the deviation).
-    odd: None; True: the sum is in 2 x^2 - 1 and has the factor x; False: without that factor.
     """
 
     ranks: tuple[int, ...]
     rows: np.ndarray
     signs: np.ndarray
-    odd: bool | None
+
+
+class Shape(enum.Enum):
+    """What is known of phi, and with it x and the p_m.
+
+    ODD: phi is odd and smooth, x = 2 rho^2 - 1. SMOOTH: x = rho. KINKED: at 0.
+    """
+
+    ODD = enum.auto()
+    SMOOTH = enum.auto()
+    KINKED = enum.auto()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table:
-    """Of phi (with kinks, of G) and of phi'.
+    """Of phi', and what belongs to one side of phi.
 
-    reach: the largest deviation. powers: of the deviation that are not in the rows of each. scale,
-    spread: k and the h_r.
+    reach: the largest deviation. size: E[phi] if SMOOTH, k if KINKED. spread: the h_r. powers: of
+    the deviation that are not in the rows of slope and size.
     """
 
     reach: float
-    value: Factors
-    slope: Factors
-    kinked: bool
+    shape: Shape
     carries_gap: bool
+    slope: Factors
+    size: np.ndarray
+    spread: np.ndarray
     powers: tuple[int, int]
-    scale: Any = None
-    spread: Any = None
 
 
 # ---- on the host ---------------------------------------------------------------------------------
@@ -144,60 +165,69 @@ def _series_in(x: np.ndarray, values: np.ndarray) -> np.ndarray:
     return flat.reshape(values.shape)
 
 
-def _factors(
-    x: np.ndarray, values: np.ndarray, scale: np.ndarray, tolerance: float, odd: bool | None
-) -> Factors:
+def _polynomials(shape: Shape, x: np.ndarray, number: int) -> np.ndarray:
+    """p_m(x), (points, number)."""
+    weights = _GEGENBAUER_1 if shape == Shape.KINKED else _chebyshev
+    columns = [np.ones_like(x), 2 * x]
+    for m in range(1, number - 1):
+        columns.append(2 * x * columns[-1] - weights(m) * columns[-2])
+    return np.stack(columns[:number], 1)
+
+
+def _angles_of(shape: Shape, x: np.ndarray) -> np.ndarray:
+    if shape == Shape.KINKED:
+        return np.pi / 2 - 3 * np.arcsin(x / 2)
+    return np.arccos(np.sqrt((x + 1) / 2) if shape == Shape.ODD else x)
+
+
+def _factors(shape: Shape, x: np.ndarray, values: np.ndarray, scale: np.ndarray) -> Factors:
     """values: (x, i, j), over the scales of i and j."""
     points = _points()
     ranks, rows, signs = [], [], []
-    for c in _series_in(x, values):
+    coefficients = np.linalg.solve(_polynomials(shape, x, len(x)), values.reshape(len(x), -1))
+    peaks = _polynomials(shape, np.ones(1), len(x))[0]
+    for c, peak in zip(coefficients.reshape(values.shape), peaks, strict=True):
         size, vectors = np.linalg.eigh((c + c.T) / 2)
         order = np.argsort(-np.abs(size))
-        keep = [k for k in order if abs(size[k]) * np.max(vectors[:, k] ** 2) > tolerance]
+        keep = [k for k in order if abs(size[k]) * np.max(vectors[:, k] ** 2) * peak > _TOLERANCE]
         ranks.append(len(keep))
         for k in keep:
             rows.append(np.sqrt(abs(size[k])) * vectors[:, k] * scale)
             signs.append(np.sign(size[k]))
     last = max([m for m, rank in enumerate(ranks) if rank], default=-1)
     at_points = np.stack(rows, 1) if rows else np.zeros((_DEVIATIONS, 0))
-    return Factors(
-        tuple(ranks[: last + 1]), _series_in(points, at_points).T, np.asarray(signs), odd
-    )
+    return Factors(tuple(ranks[: last + 1]), _series_in(points, at_points).T, np.asarray(signs))
 
 
-def _table(
-    evaluate: Callable, reach: float, parity: int | None, kinked: bool, bends: bool
-) -> Table:
+def _table(evaluate: Callable, reach: float, shape: Shape, bends: bool) -> Table:
     points, sd = _deviations(reach)
     x = np.cos(np.pi * (np.arange(_ANGLES) + 0.5) / _ANGLES)
-    if kinked:
-        thetas = np.pi / 2 * (1 - x)
+    equal, equal_slope = (e[0] for e in _expectations(evaluate, np.zeros(1), sd))
+    _, slopes = _expectations(evaluate, _angles_of(shape, x), sd)
+    own_slope = np.sqrt(np.diagonal(equal_slope))
+    outside = np.where(own_slope > 0, own_slope, 1)
+    power = _power(sd, own_slope)
+    slopes = slopes / outside[:, None] / outside
+    slope = _factors(shape, x, slopes, own_slope / sd**power)
+
+    size, spread, order = np.zeros((0, _DEVIATIONS)), np.zeros((0, _DEVIATIONS)), 0
+    if shape == Shape.KINKED:
+        own = np.sqrt(np.diagonal(equal))
+        outside = np.where(own > 0, own, 1)
+        share, vectors = np.linalg.eigh(equal / outside[:, None] / outside)
+        keep = share > 1e-10 * share[-1]
+        spread = np.sqrt(share[keep] / 2) * vectors[:, keep]
+        spread = _series_in(points, spread - spread.mean(0)).T
+    elif shape == Shape.SMOOTH:  # at right angles the expectation is a product
+        apart = _expectations(evaluate, np.full(1, np.pi / 2), sd)[0][0]
+        largest = np.argmax(np.diagonal(apart))
+        own = apart[largest] / np.sqrt(max(apart[largest, largest], np.finfo(float).tiny))
     else:
-        thetas = np.arccos(x if parity is None else np.sqrt((x + 1) / 2))
-    equal = [e[0] for e in _expectations(evaluate, np.zeros(1), sd)]
-    result: dict[str, Any] = {}
-    each = zip(("value", "slope"), _expectations(evaluate, thetas, sd), equal, strict=True)
-    for k, (name, values, same) in enumerate(each):
-        size = np.sqrt(np.diagonal(same))
-        power = _power(sd, size)
-        outside = np.where(size > 0, size, 1)
-        values = values / outside[:, None] / outside
-        scale = size / sd**power
-        odd = None if parity is None else bool((parity + k) % 2)
-        if kinked and name == "value":
-            same = same / outside[:, None] / outside
-            values = (same - values) / (thetas**2)[:, None, None]
-            share, vectors = np.linalg.eigh(same)
-            keep = share > 1e-10 * share[-1]
-            spread = np.sqrt(share[keep] / 2) * vectors[:, keep]
-            spread = spread - spread.mean(0)
-            result["spread"] = _series_in(points, spread).T
-            result["scale"] = _series_in(points, scale)[None]
-        elif odd:
-            values = values / np.cos(thetas)[:, None, None]
-        result[name] = _factors(x, values, scale, _TOLERANCE[name], odd), power
-    value, slope = result.pop("value"), result.pop("slope")
-    return Table(reach, value[0], slope[0], kinked, bends, (value[1], slope[1]), **result)
+        own = np.zeros(0)
+    if len(own):
+        order = _power(sd, np.abs(own))
+        size = _series_in(points, own / sd**order)[None]
+    return Table(reach, shape, bends, slope, size, spread, (power, order))
 
 
 # ---- in the program ------------------------------------------------------------------------------
@@ -218,91 +248,139 @@ def _in_deviation(rows: np.ndarray, sd: Array, reach: float) -> Array:
 
 
 class _Features(NamedTuple):
-    value: Array
+    """Of one side. sd: the deviation, of which those outside of the table count as the largest."""
+
+    sd: Array
     slope: Array
-    scale: Any
-    spread: Any
+    size: Array
+    spread: Array
 
 
 def _features(table: Table, var: Array) -> _Features:
-    sd = jnp.sqrt(var)
-    parts = [table.value.rows, table.slope.rows]
-    if table.kinked:
-        parts += [table.scale, table.spread]
-    out = _in_deviation(np.concatenate(parts), jnp.minimum(sd, table.reach), table.reach)
-    ends = np.cumsum([len(p) for p in parts])
-    value, slope, *rest = jnp.split(out, ends[:-1])
-    powers = [sd**p if p else None for p in table.powers]
-    value, slope = (a if p is None else a * p for a, p in zip((value, slope), powers, strict=True))
-    if not rest:
-        return _Features(value, slope, None, None)
-    scale = rest[0][0] if powers[0] is None else rest[0][0] * powers[0]
-    return _Features(value, slope, scale, rest[1])
+    sd = jnp.minimum(jnp.sqrt(var), table.reach)
+    parts = [table.slope.rows, table.size, table.spread]
+    out = _in_deviation(np.concatenate(parts), sd, table.reach)
+    slope, size, spread = jnp.split(out, np.cumsum([len(p) for p in parts])[:-1])
+    slope, size = (
+        a * sd**power if power else a for a, power in zip((slope, size), table.powers, strict=True)
+    )
+    return _Features(sd, slope, size, spread)
 
 
-def _sum(factors: Factors, one: Array, two: Array, x: Array) -> Array:
-    """Clenshaw's recurrence, the products of a coefficient added to it one by one."""
-    y = x if factors.odd is None else 2 * x * x - 1
-    twice = 2 * y
-    before, total = jnp.zeros_like(x), jnp.zeros_like(x)
-    end = len(one)
-    for m in reversed(range(len(factors.ranks))):
-        after = (y if m == 0 else twice) * total - before
-        for k in range(end - factors.ranks[m], end):
-            after = after + one[k] * two[k]
-        end -= factors.ranks[m]
-        before, total = total, after
-    return total * x if factors.odd else total
+def _coefficients(factors: Factors, one: Any, two: Any) -> list[Any]:
+    """Of the p_m, from the products of both sides."""
+    ends = itertools.accumulate(factors.ranks)
+    terms = [range(end - n, end) for end, n in zip(ends, factors.ranks, strict=True)]
+    return [sum(one[k] * two[k] for k in each) for each in terms]
+
+
+def _combined(coefficients: list[Any], weights: Callable[[int], float], x: Any) -> Any:
+    """sum_m c_m p_m(x) with p_0 = 1, p_1 = 2 x, p_(m+1) = 2 x p_m - weights(m) p_(m-1).
+
+    What does not wait for the step before is added first, so that a step is one operation long.
+    """
+    twice, total, before = 2 * x, 0.0, 0.0
+    for m in reversed(range(len(coefficients))):
+        rest = coefficients[m] - weights(m + 1) * before
+        total, before = rest + twice * total, total
+    return total
+
+
+def _of_weight(order: int) -> Callable[[int], float]:
+    """The weights of `_combined` for Gegenbauer polynomials of weight (1 - x^2)^order."""
+
+    def weights(m: int) -> float:
+        half = order + 0.5
+        return m * (m + 2 * half - 1) / ((m + half) * (m + half - 1))
+
+    return weights
+
+
+_GEGENBAUER_1, _GEGENBAUER_2 = _of_weight(1), _of_weight(2)
+
+
+def _chebyshev(m: int) -> float:
+    """p_m = 2 T_m."""
+    return 2.0 if m == 1 else 1.0
+
+
+def _second_kind(m: int) -> float:
+    """p_m = U_m."""
+    return 1.0
+
+
+def _odd(c: list[Any], rho: Any) -> tuple[Any, Any]:
+    """The integral from 0 and the sum; p_m = 2 T_2m(rho)."""
+    x = 2 * rho * rho - 1
+    differences = [a - b for a, b in zip(c, [*c[1:], 0.0], strict=True)]
+    b = [d / (2 * m + 1) for m, d in enumerate(differences)]  # of T_(2m+1) = rho (U_m - U_(m-1))
+    of_u = [a - b for a, b in zip(b, [*b[1:], 0.0], strict=True)]
+    return rho * _combined(of_u, _second_kind, x), _combined(c, _chebyshev, x)
+
+
+def _smooth(c: list[Any], rho: Any) -> tuple[Any, Any]:
+    """The integral from 0 and the sum; p_m = 2 T_m(rho)."""
+    pairs = zip(c, [*c[2:], 0.0, 0.0], strict=True)
+    b = [0.0, *((a - b) * (0.5 / m) for m, (a, b) in enumerate(pairs, 1))]
+    at_zero = sum(2 * (-1) ** (m // 2) * b[m] for m in range(2, len(b), 2))
+    return _combined(b, _chebyshev, rho) - at_zero, _combined(c, _chebyshev, rho)
+
+
+def _kinked(c: list[Any], x: Any, ahead: Any, behind: Any) -> tuple[Any, Any]:
+    """The integral up to x = 1 and the sum; `ahead` = 1 - x and `behind` = 1 + x are exact."""
+    b = [a * (3 / (m + 3)) for m, a in enumerate(c[1:], 1)]
+    rest = behind * behind * _combined(b, _GEGENBAUER_2, x)
+    return ahead * ahead * (c[0] * ((1 + behind) / 2) + rest), _combined(c, _GEGENBAUER_1, x)
 
 
 class Sums(NamedTuple):
-    """What a table says of pairs. near: k1 k2 - nngp with kinks, else nngp."""
+    """What a table says of pairs.
 
-    near: Array
-    d_nngp: Array
-    scale1: Any
-    scale2: Any
+    pair: nngp, with kinks k1 k2 - nngp, and d_nngp, as `made_together` keeps them. scales: with
+      kinks k1 and k2.
+    """
+
+    pair: Any
+    scales: tuple[Array, ...]
 
 
-def _angles(cov12: Array, side1: Array, side2: Array, gap12: Any, sharp: bool) -> Array:
-    """sharp: does rounding of the correlation near 1 matter (where no slope jumps it does not)?"""
+def _deviation(cov12: Array, side1: Array, side2: Array, gap12: Any, sharp: bool) -> Array:
+    """1 - |cos(theta)|.
+
+    sharp: does rounding of the correlation near 1 matter (where no slope jumps it does not)?
+    """
     if gap12 is not None:
-        deviation = relative_gap(side1, side2, gap12)
-    else:
-        inverse = reciprocal(safe_sqrt(side1)) * reciprocal(safe_sqrt(side2))
-        cosine = jnp.minimum(jnp.abs(cov12) * inverse, 1)
-        deviation = 1 - cosine
-        if sharp:
-            deviation = sine_squared(cov12, side1, side2) / (1 + cosine)
-    theta = folded_angle(deviation)
-    return jnp.where(cov12 < 0, math.pi - theta, theta)
+        return relative_gap(side1, side2, gap12)
+    inverse = reciprocal(safe_sqrt(side1)) * reciprocal(safe_sqrt(side2))
+    cosine = jnp.minimum(jnp.abs(cov12) * inverse, 1)
+    return sine_squared(cov12, side1, side2) / (1 + cosine) if sharp else 1 - cosine
 
 
 def sums(table: Table, cov12: Array, side1: Array, side2: Array, gap12: Any) -> Sums:
     """From the tables; larger deviations than are in it count as the largest."""
-    # Made once: fused into the sums over pairs they would be made again for each pair.
     one, two = _features(table, side1), _features(table, side2)
-    one = one._replace(
-        value=one.value * _signs(table.value, one.value),
-        slope=one.slope * _signs(table.slope, one.slope),
-    )
-    one, two = jax.lax.optimization_barrier((one, two))
-    if table.kinked:
-        theta = _angles(cov12, side1, side2, gap12, table.carries_gap)
-        x = 1 - theta * (2 / math.pi)
-        near = theta * theta * _sum(table.value, one.value, two.value, x)
+    signs = jnp.asarray(table.slope.signs, one.slope.dtype)
+    one = one._replace(slope=one.slope * signs.reshape((-1,) + (1,) * side1.ndim))
+    one, two = made_once((one, two), cov12)
+    c = _coefficients(table.slope, one.slope, two.slope)
+    product = one.sd * two.sd
+    if table.shape == Shape.KINKED:
+        near = opening(_deviation(cov12, side1, side2, gap12, table.carries_gap))
+        negative, far = cov12 < 0, 2 - near
+        x = jnp.where(negative, near - 1, 1 - near)
+        ends = jnp.where(negative, far, near), jnp.where(negative, near, far)
+        integral, slope = _kinked(c, x, *ends)
+        scales = one.size[0], two.size[0]
         apart = sum((a - b) ** 2 for a, b in zip(one.spread, two.spread, strict=True))
-        near = jnp.maximum(near + one.scale * two.scale * apart, 0)
-    else:
-        inverse = reciprocal(safe_sqrt(side1)) * reciprocal(safe_sqrt(side2))
-        x = jnp.clip(cov12 * inverse, -1, 1)
-        near = _sum(table.value, one.value, two.value, x)
-    return Sums(near, _sum(table.slope, one.slope, two.slope, x), one.scale, two.scale)
-
-
-def _signs(factors: Factors, features: Array) -> Array:
-    shape = (len(factors.signs),) + (1,) * (features.ndim - 1)
-    return jnp.asarray(factors.signs, features.dtype).reshape(shape)
+        value = jnp.maximum(product * integral + scales[0] * scales[1] * apart, 0)
+        return Sums(made_together(value, slope), scales)
+    inverse = reciprocal(safe_sqrt(side1)) * reciprocal(safe_sqrt(side2))
+    rho = jnp.clip(cov12 * inverse, -1, 1)
+    integral, slope = (_odd if table.shape == Shape.ODD else _smooth)(c, rho)
+    value = product * integral
+    if table.shape == Shape.SMOOTH:
+        value = value + one.size[0] * two.size[0]
+    return Sums(made_together(value, slope), ())
 
 
 # ---- making tables -------------------------------------------------------------------------------
@@ -332,14 +410,11 @@ def tables_of(fn: Scalar, kinked: bool, bends: bool) -> tuple[Table, ...]:
     size = np.max(np.abs(here)) + np.max(np.abs(there))
     if not np.isfinite(size):
         return ()
-    parity = next(
-        (p for p, other in ((1, -there), (0, there)) if np.allclose(here, other, 0, 1e-13 * size)),
-        None,
-    )
-    parity = None if kinked else parity
+    odd = np.allclose(here, -there, 0, 1e-13 * size)
+    shape = Shape.KINKED if kinked else Shape.ODD if odd else Shape.SMOOTH
 
     def made(reach: float) -> tuple[Table, ...]:
-        table = _table(evaluate, reach, parity, kinked, bends)
+        table = _table(evaluate, reach, shape, bends)
         return (table,) if _holds(table, evaluate) else ()
 
     usual = made(_USUAL)
@@ -348,29 +423,30 @@ def tables_of(fn: Scalar, kinked: bool, bends: bool) -> tuple[Table, ...]:
 
 
 def _holds(table: Table, evaluate: Callable) -> bool:
+    """Is the table right between its points?"""
     sd = np.array([0.004, 0.04, 0.2, 0.4, 0.7, 0.97]) * table.reach
     thetas = np.array([0.0, 0.02, 0.3, 1.1, 2.0, 3.0])
     sizes = [np.sqrt(np.diagonal(e[0])) for e in _expectations(evaluate, thetas[:1], sd)]
     exact = _expectations(evaluate, thetas, sd)
-    y = 2 * np.cos(thetas) ** 2 - 1
-    x = np.cos(thetas)
-    if table.kinked:
-        x = y = 1 - thetas * (2 / np.pi)
+
     basis = chebyshev.chebvander(_node(sd, table.reach), _DEVIATIONS - 1)
-    for k, factors in enumerate((table.value, table.slope)):
-        rows = (basis @ factors.rows.T).T * sd ** table.powers[k]
-        z = x if factors.odd is None else y
-        terms = np.repeat(np.arange(len(factors.ranks)), factors.ranks)
-        each = chebyshev.chebvander(z, max(len(factors.ranks) - 1, 0))[:, terms] * factors.signs
-        got = np.einsum("tr,ri,rj->tij", each, rows, rows)
-        got = got * x[:, None, None] if factors.odd else got
-        if table.kinked and k == 0:
-            scale = (basis @ table.scale.T)[:, 0] * sd ** table.powers[0]
-            spread = basis @ table.spread.T
-            apart = ((spread[:, None] - spread) ** 2).sum(-1)
-            got = scale[:, None] * scale * (1 - apart) - (thetas**2)[:, None, None] * got
-        size = np.maximum(sizes[k], np.finfo(float).tiny)
-        error = np.abs(got - exact[k]) / size[:, None] / size
-        if not np.max(error) < _HOLDS[k]:
+    sides = (basis @ table.slope.rows.T).T * sd ** table.powers[0]
+    size = (basis @ table.size.T).T * sd ** table.powers[1]
+    c = _coefficients(
+        table.slope, (sides.T * table.slope.signs).T[:, None, :, None], sides[:, None, None]
+    )
+    theta, product = thetas[:, None, None], sd[:, None] * sd
+    if table.shape == Shape.KINKED:
+        x = 2 * np.sin((np.pi / 2 - theta) / 3)
+        integral, slope = _kinked(c, x, 1 - x, 1 + x)
+        spread = basis @ table.spread.T
+        apart = ((spread[:, None] - spread) ** 2).sum(-1)
+        value = size[0][:, None] * size[0] * (1 - apart) - product * integral
+    else:
+        integral, slope = (_odd if table.shape == Shape.ODD else _smooth)(c, np.cos(theta))
+        value = product * integral + (size[:, :, None] * size[:, None]).sum(0)
+    for got, want, own, bound in zip((value, slope), exact, sizes, _HOLDS, strict=True):
+        own = np.maximum(own, np.finfo(float).tiny)
+        if not np.max(np.abs(got - want) / own[:, None] / own) < bound:
             return False
     return True
