@@ -23,7 +23,7 @@ def pairs():
     return sd1 * sd2 * np.cos(theta), sd1**2, sd2**2, gap
 
 
-@pytest.mark.parametrize("name", ["Tanh", "Selu"])
+@pytest.mark.parametrize("name", ["Tanh", "Mish", "Elu", "Selu"])
 def test_single_precision_against_the_expansion(name):
     node = getattr(stax, name)().node
     dual = jax.jit(lambda *pair: node.kernel.dual(node.hyper, *pair))

@@ -40,7 +40,7 @@ from numpy.polynomial import chebyshev
 
 from tangents._core import precision
 from tangents._core.typing import Array
-from tangents._infinite.barrier import made_once
+from tangents._infinite.barrier import made_once, made_together, taken_apart
 from tangents._infinite.dual.orthant import density, upper_tail
 
 REACH = 2.5  # largest standard deviation, in units of p
@@ -231,7 +231,7 @@ def _corner(one: _Side, two: _Side, legs: _Legs, rate: Array, obtuse: bool) -> _
 
 
 def sums(fn: PiecewiseLinear, cov12: Array, side1: Array, side2: Array):
-    """E[phi phi] and E[phi' phi'] as `_joined` gives them, for deviations up to REACH p."""
+    """E[phi phi] and E[phi' phi'] by `made_together`, for deviations up to REACH p."""
     scale = 2.0 ** -round(math.log2(fn.place))  # exact
     one, two = _side(fn, scale, side1), _side(fn, scale, side2)
     one, two = made_once((one, two), cov12)
@@ -252,13 +252,7 @@ def sums(fn: PiecewiseLinear, cov12: Array, side1: Array, side2: Array):
     value = cov12 * slope + ramp
     if fn.constant:
         value = value + (one.value + fn.constant**2) + two.value
-    return _joined(value, slope)
-
-
-def _joined(value: Array, slope: Array) -> Array | tuple[Array, Array]:
-    """Both in one array: XLA on CPU would make each by a loop of its own, from the beginning."""
-    together = jax.default_backend() == "cpu"
-    return jax.lax.complex(value, slope) if together else (value, slope)
+    return made_together(value, slope)
 
 
 def _both(near: _Corner, far: _Corner, other: float, cov: Array) -> _Corner:
@@ -284,11 +278,10 @@ def dual(fn: PiecewiseLinear, exact: Callable, cov12, var1, var2, side1, side2):
         return sums(fn, cov12, side1, side2)
 
     def far(*args):
-        return _joined(*exact(*args))
+        return made_together(*exact(*args))
 
     within = largest <= (REACH * fn.place) ** 2
-    pair = jax.lax.cond(within, near, far, cov12, var1, var2, side1, side2)
-    return pair if isinstance(pair, tuple) else (jax.lax.real(pair), jax.lax.imag(pair))
+    return taken_apart(jax.lax.cond(within, near, far, cov12, var1, var2, side1, side2))
 
 
 @dual.defjvp

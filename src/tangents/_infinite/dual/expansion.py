@@ -49,7 +49,7 @@ from tangents._infinite.dual.angle import norm, reciprocal, safe_sqrt, sine_squa
 from tangents._infinite.dual.form import Dual
 from tangents._infinite.dual.orthant import mirrored, power_coefficients, ramps_and_steps
 from tangents._infinite.dual.single_precision import is_single
-from tangents._infinite.dual.tabulated import Shape, Sums, Table, sums, tables_of
+from tangents._infinite.dual.tabulated import Sums, Table, sums, tables_of
 
 Phi = Callable[[Any, Array], Array]
 
@@ -406,7 +406,7 @@ def _from_tables(
     gap = gap12[0] if gap12 else None
     largest = jnp.maximum(jnp.max(side1, initial=0), jnp.max(side2, initial=0))
     longest = _TERMS[cov12.dtype.itemsize][-1:]
-    kinked = tables[0].shape == Shape.KINKED
+    kinked = tables[0].carries_gap
 
     def tabulated(table, cov12, var1, var2, *others):
         return sums(table, cov12, *others)

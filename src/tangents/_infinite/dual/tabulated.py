@@ -80,11 +80,13 @@ class Factors(NamedTuple):
 class Shape(enum.Enum):
     """What is known of phi, and with it x and the p_m.
 
-    ODD: phi is odd and smooth, x = 2 rho^2 - 1. SMOOTH: x = rho. KINKED: at 0.
+    ODD: phi is odd and smooth, x = 2 rho^2 - 1. SMOOTH: x = rho. BENT: the second derivative jumps
+    at 0. KINKED: the first does.
     """
 
     ODD = enum.auto()
     SMOOTH = enum.auto()
+    BENT = enum.auto()
     KINKED = enum.auto()
 
 
@@ -92,17 +94,21 @@ class Shape(enum.Enum):
 class Table:
     """Of phi', and what belongs to one side of phi.
 
-    reach: the largest deviation. size: E[phi] if SMOOTH, k if KINKED. spread: the h_r. powers: of
-    the deviation that are not in the rows of slope and size.
+    reach: the largest deviation. size: E[phi] of SMOOTH and BENT, k of KINKED. spread: the h_r of
+    KINKED. powers: of the deviation that are not in the rows of slope and size.
     """
 
     reach: float
     shape: Shape
-    carries_gap: bool
     slope: Factors
     size: np.ndarray
     spread: np.ndarray
     powers: tuple[int, int]
+
+    @property
+    def carries_gap(self) -> bool:
+        """Are kernels wanted to the last digit of the angle?"""
+        return self.shape == Shape.KINKED
 
 
 # ---- on the host ---------------------------------------------------------------------------------
@@ -175,7 +181,7 @@ def _polynomials(shape: Shape, x: np.ndarray, number: int) -> np.ndarray:
 
 
 def _angles_of(shape: Shape, x: np.ndarray) -> np.ndarray:
-    if shape == Shape.KINKED:
+    if shape in (Shape.BENT, Shape.KINKED):
         return np.pi / 2 - 3 * np.arcsin(x / 2)
     return np.arccos(np.sqrt((x + 1) / 2) if shape == Shape.ODD else x)
 
@@ -199,7 +205,7 @@ def _factors(shape: Shape, x: np.ndarray, values: np.ndarray, scale: np.ndarray)
     return Factors(tuple(ranks[: last + 1]), _series_in(points, at_points).T, np.asarray(signs))
 
 
-def _table(evaluate: Callable, reach: float, shape: Shape, bends: bool) -> Table:
+def _table(evaluate: Callable, reach: float, shape: Shape) -> Table:
     points, sd = _deviations(reach)
     x = np.cos(np.pi * (np.arange(_ANGLES) + 0.5) / _ANGLES)
     equal, equal_slope = (e[0] for e in _expectations(evaluate, np.zeros(1), sd))
@@ -218,7 +224,7 @@ def _table(evaluate: Callable, reach: float, shape: Shape, bends: bool) -> Table
         keep = share > 1e-10 * share[-1]
         spread = np.sqrt(share[keep] / 2) * vectors[:, keep]
         spread = _series_in(points, spread - spread.mean(0)).T
-    elif shape == Shape.SMOOTH:  # at right angles the expectation is a product
+    elif shape != Shape.ODD:  # at right angles the expectation is a product
         apart = _expectations(evaluate, np.full(1, np.pi / 2), sd)[0][0]
         largest = np.argmax(np.diagonal(apart))
         own = apart[largest] / np.sqrt(max(apart[largest, largest], np.finfo(float).tiny))
@@ -227,7 +233,7 @@ def _table(evaluate: Callable, reach: float, shape: Shape, bends: bool) -> Table
     if len(own):
         order = _power(sd, np.abs(own))
         size = _series_in(points, own / sd**order)[None]
-    return Table(reach, shape, bends, slope, size, spread, (power, order))
+    return Table(reach, shape, slope, size, spread, (power, order))
 
 
 # ---- in the program ------------------------------------------------------------------------------
@@ -318,12 +324,30 @@ def _odd(c: list[Any], rho: Any) -> tuple[Any, Any]:
     return rho * _combined(of_u, _second_kind, x), _combined(c, _chebyshev, x)
 
 
-def _smooth(c: list[Any], rho: Any) -> tuple[Any, Any]:
-    """The integral from 0 and the sum; p_m = 2 T_m(rho)."""
+def _from_zero(c: list[Any], x: Any) -> Any:
+    """The integral in x of sum_m c_m p_m(x) from 0; p_m = 2 T_m."""
     pairs = zip(c, [*c[2:], 0.0, 0.0], strict=True)
     b = [0.0, *((a - b) * (0.5 / m) for m, (a, b) in enumerate(pairs, 1))]
     at_zero = sum(2 * (-1) ** (m // 2) * b[m] for m in range(2, len(b), 2))
-    return _combined(b, _chebyshev, rho) - at_zero, _combined(c, _chebyshev, rho)
+    return _combined(b, _chebyshev, x) - at_zero
+
+
+def _smooth(c: list[Any], rho: Any) -> tuple[Any, Any]:
+    """The integral from 0 and the sum; p_m = 2 T_m(rho)."""
+    return _from_zero(c, rho), _combined(c, _chebyshev, rho)
+
+
+def _bent(c: list[Any], x: Any) -> tuple[Any, Any]:
+    """The integral in rho from 0 and the sum; p_m = 2 T_m(x)."""
+    # 3/2 (1 - x^2) p_m = 3/8 (2 p_m - p_(m+2) - p_(m-2)), where p_(-1) = p_1 and p_0 counts twice.
+    padded = [*c, 0.0, 0.0, 0.0, 0.0]
+    weighted = [(padded[0] - padded[2]) * 0.75, (padded[1] - padded[3]) * 0.375]
+    for m in range(2, len(c) + 2):
+        weighted.append(padded[m] * 0.75 - (padded[m - 2] + padded[m + 2]) * 0.375)
+    return _from_zero(weighted, x), _combined(c, _chebyshev, x)
+
+
+_FROM_ZERO = {Shape.ODD: _odd, Shape.SMOOTH: _smooth, Shape.BENT: _bent}
 
 
 def _kinked(c: list[Any], x: Any, ahead: Any, behind: Any) -> tuple[Any, Any]:
@@ -364,21 +388,23 @@ def sums(table: Table, cov12: Array, side1: Array, side2: Array, gap12: Any) -> 
     one, two = made_once((one, two), cov12)
     c = _coefficients(table.slope, one.slope, two.slope)
     product = one.sd * two.sd
-    if table.shape == Shape.KINKED:
+    if table.shape in (Shape.BENT, Shape.KINKED):
         near = opening(_deviation(cov12, side1, side2, gap12, table.carries_gap))
         negative, far = cov12 < 0, 2 - near
         x = jnp.where(negative, near - 1, 1 - near)
+    if table.shape == Shape.KINKED:
         ends = jnp.where(negative, far, near), jnp.where(negative, near, far)
         integral, slope = _kinked(c, x, *ends)
         scales = one.size[0], two.size[0]
         apart = sum((a - b) ** 2 for a, b in zip(one.spread, two.spread, strict=True))
         value = jnp.maximum(product * integral + scales[0] * scales[1] * apart, 0)
         return Sums(made_together(value, slope), scales)
-    inverse = reciprocal(safe_sqrt(side1)) * reciprocal(safe_sqrt(side2))
-    rho = jnp.clip(cov12 * inverse, -1, 1)
-    integral, slope = (_odd if table.shape == Shape.ODD else _smooth)(c, rho)
+    if table.shape != Shape.BENT:
+        inverse = reciprocal(safe_sqrt(side1)) * reciprocal(safe_sqrt(side2))
+        x = jnp.clip(cov12 * inverse, -1, 1)
+    integral, slope = _FROM_ZERO[table.shape](c, x)
     value = product * integral
-    if table.shape == Shape.SMOOTH:
+    if len(one.size):
         value = value + one.size[0] * two.size[0]
     return Sums(made_together(value, slope), ())
 
@@ -411,10 +437,13 @@ def tables_of(fn: Scalar, kinked: bool, bends: bool) -> tuple[Table, ...]:
     if not np.isfinite(size):
         return ()
     odd = np.allclose(here, -there, 0, 1e-13 * size)
-    shape = Shape.KINKED if kinked else Shape.ODD if odd else Shape.SMOOTH
+    if kinked:
+        shape = Shape.KINKED if bends else Shape.BENT
+    else:
+        shape = Shape.ODD if odd else Shape.SMOOTH
 
     def made(reach: float) -> tuple[Table, ...]:
-        table = _table(evaluate, reach, shape, bends)
+        table = _table(evaluate, reach, shape)
         return (table,) if _holds(table, evaluate) else ()
 
     usual = made(_USUAL)
@@ -443,7 +472,10 @@ def _holds(table: Table, evaluate: Callable) -> bool:
         apart = ((spread[:, None] - spread) ** 2).sum(-1)
         value = size[0][:, None] * size[0] * (1 - apart) - product * integral
     else:
-        integral, slope = (_odd if table.shape == Shape.ODD else _smooth)(c, np.cos(theta))
+        x = np.cos(theta)
+        if table.shape == Shape.BENT:
+            x = 2 * np.sin((np.pi / 2 - theta) / 3)
+        integral, slope = _FROM_ZERO[table.shape](c, x)
         value = product * integral + (size[:, :, None] * size[:, None]).sum(0)
     for got, want, own, bound in zip((value, slope), exact, sizes, _HOLDS, strict=True):
         own = np.maximum(own, np.finfo(float).tiny)
