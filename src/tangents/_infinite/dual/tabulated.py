@@ -57,7 +57,7 @@ _SHORT, _USUAL, _LONG = 1.75, 2.5, 8.0
 
 _DEVIATIONS = 28  # Chebyshev points of the standard deviation
 _ANGLES = 40  # at most, of x
-_TOLERANCE = 2e-7
+_TOLERANCE, _SPREAD = 3e-7, 1e-8
 _HOLDS = (8e-7, 1e-6)  # errors of value and slope with which a table is used
 _REACH = 8.5  # of the radius
 _RADII, _PANEL = 64, 24  # nodes of the radius, and of the polar angle between two kinks
@@ -221,7 +221,7 @@ def _table(evaluate: Callable, reach: float, shape: Shape) -> Table:
         own = np.sqrt(np.diagonal(equal))
         outside = np.where(own > 0, own, 1)
         share, vectors = np.linalg.eigh(equal / outside[:, None] / outside)
-        keep = share > 1e-10 * share[-1]
+        keep = share > _SPREAD * share[-1]
         spread = np.sqrt(share[keep] / 2) * vectors[:, keep]
         spread = _series_in(points, spread - spread.mean(0)).T
     elif shape != Shape.ODD:  # at right angles the expectation is a product
