@@ -47,7 +47,13 @@ from tangents._infinite.barrier import made_together, taken_apart
 from tangents._infinite.dual import arc_cosine, corners
 from tangents._infinite.dual.angle import norm, reciprocal, safe_sqrt, sine_squared
 from tangents._infinite.dual.form import Dual
-from tangents._infinite.dual.orthant import mirrored, power_coefficients, ramps_and_steps
+from tangents._infinite.dual.orthant import (
+    density,
+    mirrored,
+    power_coefficients,
+    ramps_and_steps,
+    upper_tail,
+)
 from tangents._infinite.dual.single_precision import is_single
 from tangents._infinite.dual.tabulated import Sums, Table, sums, tables_of
 
@@ -57,7 +63,6 @@ _TERMS = {4: (16, 32, 64, 160, 640), 8: (64, 256, 1024)}  # by bytes of a number
 _REACH = {4: 7.0, 8: 10.0}  # of the quadrature, in standard deviations
 _SMALL = {4: 1e-5, 8: 1e-13}  # share of the last quarter of the series that does not matter
 _ROUNDING = {4: 2e-6, 8: 1e-13}  # of a sum of squares
-_LINE = 4  # terms for a phi that is a line but for its kinks
 _UNROLLED = 40
 _BLOCK = 16
 _CHUNK = 8192  # variances whose coefficients are computed at once
@@ -369,6 +374,21 @@ def _closed_part(kinks: Sequence[Kink], cov12, var1, var2, side1, side2, gap12) 
     return value, slope
 
 
+def _line_part(line: tuple[float, float], kinks: Sequence[Kink], cov12, side1, side2):
+    """What a line, constant + linear x, adds to the expectations: its squares, and with ramps."""
+    constant, linear = line
+    tiny = float(np.sqrt(jnp.finfo(cov12.dtype).tiny)) ** 0.5
+    value, slope = constant**2 + linear**2 * cov12, jnp.full_like(cov12, linear**2)
+    for place, (_, bend, _, _) in kinks:
+        for side in (side1, side2):
+            sd = jnp.maximum(safe_sqrt(side), tiny)
+            tail = upper_tail(place / sd)
+            ramp = sd * density(place / sd) - place * tail  # E[(x - place)_+]
+            value = value + bend * (constant * ramp + linear * cov12 * tail)
+            slope = slope + bend * linear * tail
+    return value, slope
+
+
 def _rough(side: _Side, parity: int | None, terms: int) -> Array:
     """Last quarter of the first terms of the series of phi', at equal inputs, over E[phi'^2]."""
     used = terms if parity is None else terms // 2
@@ -461,8 +481,7 @@ def expand(
     """
 
     def levels_of(array: Array) -> tuple[int, ...]:
-        known = _LINE if line() is not None else terms
-        return _TERMS[array.dtype.itemsize] if known is None else (known,)
+        return _TERMS[array.dtype.itemsize] if terms is None else (terms,)
 
     @functools.cache
     def line() -> tuple[float, float] | None:
@@ -500,7 +519,10 @@ def expand(
     def series(hyper, levels, cov12, var1, var2, side1, side2, gap12=None) -> tuple[Array, Array]:
         ks = tuple(kinks(hyper))
         args = cov12, var1, var2, side1, side2
-        if len(levels) > 1:
+        rest = line()
+        if rest is not None:
+            value, slope = _line_part(rest, ks, cov12, side1, side2)
+        elif len(levels) > 1:
             value, slope = switched(hyper, levels, *args)
         else:
             value, slope = at_level(hyper, levels[0], *args)
@@ -526,7 +548,8 @@ def expand(
         single = cov12.dtype == jnp.float32
         bent = corners.bent(line(), kinks({})) if single and line() else None
         if bent is not None:
-            return Dual(*corners.dual(bent, functools.partial(series, {}, (_LINE,)), *args))
+            exact = functools.partial(series, {}, levels_of(cov12))
+            return Dual(*corners.dual(bent, exact, *args))
         found = tables() if tabulated and is_single(cov12) else ()
         if not found:
             return Dual(*series(hyper, levels_of(cov12), *args))

@@ -63,9 +63,10 @@ def _owen(h: Array, p: Array) -> Array:
         one = 1 + (a * a) * float(x_j * x_j)
         total = total + float(w_j) * jnp.exp(-half * one) / one
     inner = a * total / (2 * math.pi)
-    # With P = 1 - Q: T(h, p/h) + T(p, h/p) = P(h)/2 + P(p)/2 - P(h) P(p) - [1/2 where h p < 0].
-    below_h, below_p = upper_tail(-h), upper_tail(-p)
-    both = (below_h + below_p) / 2 - below_h * below_p - jnp.where((h < 0) != (p < 0), 0.5, 0.0)
+    # T(h, p/h) + T(p, h/p) = Q(h)/2 + Q(p)/2 - Q(h) Q(p) for positive h and p, and odd in both.
+    above_h, above_p = upper_tail(jnp.abs(h)), upper_tail(jnp.abs(p))
+    both = (above_h + above_p) / 2 - above_h * above_p
+    both = jnp.where((h < 0) != (p < 0), -both, both)
     return jnp.where(swap, both - inner, inner)
 
 
