@@ -168,8 +168,8 @@ def Selu() -> Layer:
 def HardTanh() -> Layer:
     """Clipped identity, phi(x) = min(max(x, -1), 1).
 
-    Kernels in closed form, by Owen's function (`dual/orthant.py`); in single precision its parts are
-    short polynomials (`dual/corners.py`).
+    Kernels in closed form, by Owen's function (`dual/orthant.py`); in single precision by short
+    polynomials (`dual/corners.py`).
 
     Examples:
         >>> import jax.numpy as jnp
