@@ -44,7 +44,7 @@ import numpy as np
 from tangents._core import precision
 from tangents._core.typing import Array
 from tangents._infinite.barrier import made_together, taken_apart
-from tangents._infinite.dual import arc_cosine, corners
+from tangents._infinite.dual import arc_cosine, close, piecewise_linear
 from tangents._infinite.dual.angle import norm, reciprocal, safe_sqrt, sine_squared
 from tangents._infinite.dual.form import Dual
 from tangents._infinite.dual.orthant import (
@@ -313,7 +313,7 @@ def _horner(left: list[Array], right: list[Array], base: Array) -> Array:
 
     def blocks(c):
         c = jnp.concatenate([c, jnp.zeros((pad, *c.shape[1:]), c.dtype)])
-        return c.reshape((-1, _BLOCK, *c.shape[1:]))
+        return c.reshape(((terms + pad) // _BLOCK, _BLOCK, *c.shape[1:]))
 
     def add(total, block):
         for n in reversed(range(_BLOCK)):
@@ -484,9 +484,12 @@ def expand(
         return _TERMS[array.dtype.itemsize] if terms is None else (terms,)
 
     @functools.cache
-    def line() -> tuple[float, float] | None:
-        """Phi without its kinks, where that is a line known beforehand."""
-        return corners.line(lambda x: phi({}, x), kinks({})) if tabulated else None
+    def form(itemsize: int) -> piecewise_linear.PiecewiseLinear | None:
+        """Phi as a piecewise linear function, if it is one known beforehand."""
+        if not tabulated:
+            return None
+        tolerance = piecewise_linear.STRAIGHT[itemsize]
+        return piecewise_linear.form_of(lambda x: phi({}, x), kinks({}), tolerance)
 
     slope_parity = None if parity is None else 1 - parity
     square = functools.partial(_square, phi)
@@ -519,9 +522,9 @@ def expand(
     def series(hyper, levels, cov12, var1, var2, side1, side2, gap12=None) -> tuple[Array, Array]:
         ks = tuple(kinks(hyper))
         args = cov12, var1, var2, side1, side2
-        rest = line()
-        if rest is not None:
-            value, slope = _line_part(rest, ks, cov12, side1, side2)
+        straight = form(cov12.dtype.itemsize)
+        if straight is not None:
+            value, slope = _line_part(straight.line, ks, cov12, side1, side2)
         elif len(levels) > 1:
             value, slope = switched(hyper, levels, *args)
         else:
@@ -531,6 +534,18 @@ def expand(
             value, slope = value + more, slope + steeper
         return value, slope
 
+    def with_gap(hyper, cov12, var1, var2, side1, side2, gap12=None) -> tuple[Any, ...]:
+        """Both expectations, E[phi^2]^(1/2) of both sides, and the gap if the slope jumps."""
+        args = cov12, var1, var2, side1, side2
+        ks = tuple(kinks(hyper))
+        if all(_none(k.jumps[1]) for k in ks):
+            gap12 = None
+        both = series(hyper, levels_of(cov12), *args, gap12)
+        sds = safe_sqrt(side1), safe_sqrt(side2)
+        one, two = (close.ends_of(functools.partial(phi, hyper), ks, sd) for sd in sds)
+        gap = None if gap12 is None else close.gap_after(one, two, *sds, (cov12, gap12), both)
+        return *both, (one.size, two.size), gap
+
     @functools.cache
     def tables() -> tuple[Table, ...]:
         ks = tuple(kinks({}))
@@ -539,20 +554,21 @@ def expand(
         return tables_of(lambda x: phi({}, x), bool(ks), bends())
 
     def bends() -> bool:
-        """Jumps of the slope at 0 in single precision: what a table carries the gap for."""
-        ks = tuple(kinks({}))
-        return len(ks) == 1 and ks[0].place == 0.0 and not _none(ks[0].jumps[1])
+        """Jumps of the slope: what the gap is carried on for."""
+        return any(not _none(k.jumps[1]) for k in kinks({}))
 
     def from_sides(hyper, cov12, var1, var2, side1, side2, gap12=None) -> Dual:
         args = (cov12, var1, var2, side1, side2)
         single = cov12.dtype == jnp.float32
-        bent = corners.bent(line(), kinks({})) if single and line() else None
-        if bent is not None:
-            exact = functools.partial(series, {}, levels_of(cov12))
-            return Dual(*corners.dual(bent, exact, *args))
+        straight = form(4) if single else None
+        if straight is not None:
+            exact = functools.partial(with_gap, {})
+            extra = () if gap12 is None else (gap12,)
+            return Dual(*piecewise_linear.dual(straight, exact, *args, *extra))
         found = tables() if tabulated and is_single(cov12) else ()
         if not found:
-            return Dual(*series(hyper, levels_of(cov12), *args))
+            value, slope, _, gap = with_gap(hyper, *args, gap12)
+            return Dual(value, slope, gap)
         if not found[0].carries_gap:
             gap12 = None
         extra = () if gap12 is None else (gap12,)

@@ -318,15 +318,15 @@ def _second_kind(m: int) -> float:
 def _odd(c: list[Any], rho: Any) -> tuple[Any, Any]:
     """The integral from 0 and the sum; p_m = 2 T_2m(rho)."""
     x = 2 * rho * rho - 1
-    differences = [a - b for a, b in zip(c, [*c[1:], 0.0], strict=True)]
+    differences = [a - b for a, b in zip(c, [*c, 0.0][1:], strict=True)]
     b = [d / (2 * m + 1) for m, d in enumerate(differences)]  # of T_(2m+1) = rho (U_m - U_(m-1))
-    of_u = [a - b for a, b in zip(b, [*b[1:], 0.0], strict=True)]
+    of_u = [a - b for a, b in zip(b, [*b, 0.0][1:], strict=True)]
     return rho * _combined(of_u, _second_kind, x), _combined(c, _chebyshev, x)
 
 
 def _from_zero(c: list[Any], x: Any) -> Any:
     """The integral in x of sum_m c_m p_m(x) from 0; p_m = 2 T_m."""
-    pairs = zip(c, [*c[2:], 0.0, 0.0], strict=True)
+    pairs = zip(c, [*c, 0.0, 0.0][2:], strict=True)
     b = [0.0, *((a - b) * (0.5 / m) for m, (a, b) in enumerate(pairs, 1))]
     at_zero = sum(2 * (-1) ** (m // 2) * b[m] for m in range(2, len(b), 2))
     return _combined(b, _chebyshev, x) - at_zero
@@ -406,6 +406,8 @@ def sums(table: Table, cov12: Array, side1: Array, side2: Array, gap12: Any) -> 
     value = product * integral
     if len(one.size):
         value = value + one.size[0] * two.size[0]
+    # Of few terms either may be a number.
+    value, slope = (jnp.broadcast_to(a, x.shape).astype(x.dtype) for a in (value, slope))
     return Sums(made_together(value, slope), ())
 
 
