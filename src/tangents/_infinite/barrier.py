@@ -8,10 +8,13 @@ take 0.33 s with it and 0.31 s without); results that pass a conditional are wri
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 _T = TypeVar("_T")
@@ -19,13 +22,32 @@ _T = TypeVar("_T")
 _FUSES = jax.__version_info__ < (0, 12)
 
 
-def made_once(tree: _T, pairs: jax.Array) -> _T:
+def made_once(trees: _T, shapes: Sequence[tuple[int, ...]], pairs: jax.Array) -> _T:
     """Arrays of one side, computed and written before those of `pairs` that broadcast them.
 
     Fused into what reads them, sums and products of a side would be computed again for each pair.
+
+    Args:
+      trees: one for each side; its arrays have the shape of the side, or one more axis in front.
+      shapes: of both sides.
     """
-    small = all(a.size < pairs.size for a in jax.tree.leaves(tree))
-    return keep_apart(tree) if small else tree
+    if not all(math.prod(shape) < pairs.size for shape in shapes):
+        return trees
+    packed, unpack = [], []
+    for tree, shape in zip(trees, shapes, strict=True):  # pyright: ignore[reportArgumentType]
+        leaves, treedef = jax.tree.flatten(tree)
+        ends = np.cumsum([1 if a.shape == shape else a.shape[0] for a in leaves])
+        # One array is copied faster than many.
+        packed.append(jnp.concatenate([a.reshape((-1, *shape)) for a in leaves]))
+        unpack.append((treedef, [a.shape for a in leaves], ends))
+    out = []
+    for array, (treedef, kept, ends) in zip(keep_apart(packed), unpack, strict=True):
+        parts = [
+            array[end - n : end] for end, n in zip(ends, np.diff(ends, prepend=0), strict=True)
+        ]
+        leaves = [a.reshape(s) for a, s in zip(parts, kept, strict=True)]
+        out.append(jax.tree.unflatten(treedef, leaves))
+    return tuple(out)  # pyright: ignore[reportReturnType]
 
 
 def keep_apart(tree: _T) -> _T:

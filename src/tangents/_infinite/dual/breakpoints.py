@@ -69,8 +69,9 @@ def breakpoints(fn: Callable[[Array], Array]) -> tuple[Breakpoint, ...]:
     Found are jumps of more than a thousandth of the largest value on the grid; a function with
     more than 16 of them has none listed (it is treated as rough).
     """
-    with jax.ensure_compile_time_eval():
-        dtype = jnp.zeros(()).dtype
+    # In double precision whatever the first kernel is computed in; it may be found for others.
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+        dtype = jax.eval_shape(fn, jax.ShapeDtypeStruct((), jnp.float64)).dtype
         look = _derivatives(fn)
         grid = np.linspace(-_REACH, _REACH, _CELLS + 1).astype(dtype)
         # Off the round numbers, so that a kink is inside a cell and not at its end.

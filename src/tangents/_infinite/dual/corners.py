@@ -41,8 +41,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.polynomial import chebyshev
 
-from tangents._core import precision
 from tangents._core.typing import Array
+from tangents._infinite.dual.chebyshev import evaluate
 from tangents._infinite.dual.orthant import density, upper_tail
 
 _LEAST = 0.15  # least standard deviation: below, exp(-R^2 / 2) < 1e-9
@@ -152,10 +152,8 @@ def side(fit: Fit, place: float, sd: Array, flat: bool) -> Side:
     low, high = (e / (1 + e) for e in (_LEAST, fit.reach))
     inside = jnp.clip(sd, _LEAST * place, fit.reach * place)
     node = (2 / (high - low)) * (inside / (place + inside) - low) - 1
-    order = jnp.arange(_POINTS, dtype=sd.dtype)[:, None]
-    basis = jnp.cos(order * jnp.arccos(jnp.clip(node.reshape(-1), -1, 1)))
-    rows = jnp.asarray(_rows(fit)[: 3 if flat else 2], sd.dtype)
-    found = jnp.einsum("fmp,pe->fme", rows, basis, precision=precision.DEFAULT)
+    rows = _rows(fit)[: 3 if flat else 2]
+    found = evaluate(rows.reshape(-1, _POINTS), jnp.clip(node, -1, 1))
     u, y, *w = found.reshape((*rows.shape[:2], *sd.shape))
     h = place / sd
     tail = upper_tail(h)

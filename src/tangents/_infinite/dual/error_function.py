@@ -131,7 +131,8 @@ def _arcsine_gap(k, pair: Damped, gap12: Array, var1: Array, var2: Array):
     one small input beside a large one digits are lost.
     """
     q1, q2 = pair.rest1, pair.rest2
-    one, two = made_once((_own(k * var1 * q1, q1), _own(k * var2 * q2, q2)), gap12)
+    owns = _own(k * var1 * q1, q1), _own(k * var2 * q2, q2)
+    one, two = made_once(owns, (var1.shape, var2.shape), gap12)
     m, turned = norm(one.t, two.t), k * jnp.sqrt(q1) * jnp.sqrt(q2) * gap12
     # From the gap alone: beside the covariance, errors of both would feed each other with depth.
     size = m - turned

@@ -44,7 +44,7 @@ import numpy as np
 from tangents._core import precision
 from tangents._core.typing import Array
 from tangents._infinite.barrier import made_together, taken_apart
-from tangents._infinite.dual import arc_cosine, close, piecewise_linear
+from tangents._infinite.dual import arc_cosine, close, piecewise_linear, sampled
 from tangents._infinite.dual.angle import norm, reciprocal, safe_sqrt, sine_squared
 from tangents._infinite.dual.form import Dual
 from tangents._infinite.dual.orthant import (
@@ -403,13 +403,18 @@ def _square(phi: Phi, var: Array) -> Array:
     return jnp.sum(w * jnp.square(phi({}, safe_sqrt(var)[..., None] * z)), -1)
 
 
+def _largest(side1: Array, side2: Array) -> Array:
+    return jnp.maximum(jnp.max(side1, initial=0), jnp.max(side2, initial=0))
+
+
 def _never() -> bool:
     return False
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
 def _from_tables(
     tables: tuple[Table, ...],
+    far: sampled.Sampled | None,
     series: Callable,
     square: Callable,
     cov12,
@@ -421,10 +426,11 @@ def _from_tables(
 ):
     """Nngp, d_nngp and, if given, the gap: from the first table that reaches, else from the series.
 
-    Derivatives are those of the series.
+    far: the series whose high terms are sampled, if there is one. Derivatives are those of the
+    series.
     """
     gap = gap12[0] if gap12 else None
-    largest = jnp.maximum(jnp.max(side1, initial=0), jnp.max(side2, initial=0))
+    largest = _largest(side1, side2)
     longest = _TERMS[cov12.dtype.itemsize][-1:]
     kinked = tables[0].carries_gap
 
@@ -432,6 +438,11 @@ def _from_tables(
         return sums(table, cov12, *others)
 
     def summed(cov12, var1, var2, side1, side2, gap):
+        if far is not None:
+            near, slope, scales = sampled.sums(far, cov12, side1, side2, gap)
+            if kinked:
+                return Sums(made_together(near, slope), scales)
+            return Sums(made_together(scales[0] * scales[1] - near, slope), ())
         value, slope = series(longest, cov12, var1, var2, side1, side2, gap)
         if not kinked:
             return Sums(made_together(value, slope), ())
@@ -451,15 +462,31 @@ def _from_tables(
 
 
 @_from_tables.defjvp
-def _from_tables_jvp(tables, series, square, primals, tangents):
-    def values(cov12, var1, var2, side1, side2, *gap12):
+def _from_tables_jvp(tables, far, series, square, primals, tangents):
+    def near(cov12, var1, var2, side1, side2, *gap12):
         levels = _TERMS[cov12.dtype.itemsize]
         nngp, slope = series(levels, cov12, var1, var2, side1, side2, *gap12)
         if not gap12:
             return nngp, slope
         return nngp, slope, norm(square(side1), square(side2)) - jnp.abs(nngp)
 
-    return _from_tables(tables, series, square, *primals), jax.jvp(values, primals, tangents)[1]
+    def beyond(cov12, var1, var2, side1, side2, *gap12):
+        gap = gap12[0] if gap12 else None
+        lost, slope, scales = sampled.sums(far, cov12, side1, side2, gap, carried=False)
+        nngp = scales[0] * scales[1] - lost
+        if not gap12:
+            return nngp, slope
+        return nngp, slope, jnp.where(nngp < 0, scales[0] * scales[1] + nngp, lost)
+
+    def change(values, primals, tangents):
+        return jax.jvp(values, primals, tangents)[1]
+
+    out = _from_tables(tables, far, series, square, *primals)
+    if far is None:
+        return out, change(near, primals, tangents)
+    reached = _largest(*primals[3:5]) <= tables[-1].reach ** 2
+    branches = (functools.partial(change, values) for values in (near, beyond))
+    return out, jax.lax.cond(reached, *branches, primals, tangents)
 
 
 def expand(
@@ -553,6 +580,11 @@ def expand(
             return ()
         return tables_of(lambda x: phi({}, x), bool(ks), bends())
 
+    @functools.cache
+    def far() -> sampled.Sampled | None:
+        ks = tuple(kinks({}))
+        return sampled.sampled(lambda x: phi({}, x), ks[0].jumps[1:] if ks else (0.0, 0.0, 0.0))
+
     def bends() -> bool:
         """Jumps of the slope: what the gap is carried on for."""
         return any(not _none(k.jumps[1]) for k in kinks({}))
@@ -572,7 +604,8 @@ def expand(
         if not found[0].carries_gap:
             gap12 = None
         extra = () if gap12 is None else (gap12,)
-        return Dual(*_from_tables(found, functools.partial(series, {}), square, *args, *extra))
+        of_phi = found, far(), functools.partial(series, {}), square
+        return Dual(*_from_tables(*of_phi, *args, *extra))
 
     def dual(hyper, cov12, var1, var2, gap12=None) -> Dual:
         return from_sides(hyper, cov12, var1, var2, var1, var2, gap12)

@@ -319,7 +319,7 @@ def sums(
     scale = 2.0 ** -round(math.log2(min(fn.places, default=1.0)))  # exact
     fn, square = fn.of_scale(scale), scale * scale
     one, two = (_side(fn, fit, jnp.sqrt(v * square)) for v in (side1, side2))
-    one, two = made_once((one, two), cov12)
+    one, two = made_once((one, two), (side1.shape, side2.shape), cov12)
     cov, product = cov12 * square, one.sd * two.sd
     if gap12 is None:
         var1, var2, size = side1 * square, side2 * square, jnp.abs(cov)

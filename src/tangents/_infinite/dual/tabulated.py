@@ -46,10 +46,10 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.polynomial import chebyshev
 
-from tangents._core import precision
 from tangents._core.typing import Array
 from tangents._infinite.barrier import made_once, made_together
 from tangents._infinite.dual.angle import reciprocal, relative_gap, safe_sqrt, sine_squared
+from tangents._infinite.dual.chebyshev import evaluate
 from tangents._infinite.dual.single_precision import opening
 
 # Largest standard deviations: longer tables cost more for each pair, and each is compiled.
@@ -239,20 +239,6 @@ def _table(evaluate: Callable, reach: float, shape: Shape) -> Table:
 # ---- in the program ------------------------------------------------------------------------------
 
 
-def _in_deviation(rows: np.ndarray, sd: Array, reach: float) -> Array:
-    """Chebyshev series in the deviation, (rows, *sd.shape)."""
-    u = _node(sd, reach).reshape(-1)
-    # T_(n+k) = 2 T_n T_k - T_(n-k) doubles their number: few operations to compile.
-    basis = jnp.stack([jnp.ones_like(u), u])
-    while len(basis) < rows.shape[1]:
-        top = 2 * u * basis[-1] - basis[-2]
-        mirrored = jnp.concatenate([top[None], basis[:0:-1]])
-        basis = jax.lax.optimization_barrier(jnp.concatenate([basis, 2 * top * basis - mirrored]))
-    basis = basis[: rows.shape[1]]
-    out = jnp.matmul(jnp.asarray(rows, u.dtype), basis, precision=precision.DEFAULT)
-    return out.reshape((rows.shape[0], *sd.shape))
-
-
 class _Features(NamedTuple):
     """Of one side. sd: the deviation, of which those outside of the table count as the largest."""
 
@@ -265,7 +251,7 @@ class _Features(NamedTuple):
 def _features(table: Table, var: Array) -> _Features:
     sd = jnp.minimum(jnp.sqrt(var), table.reach)
     parts = [table.slope.rows, table.size, table.spread]
-    out = _in_deviation(np.concatenate(parts), sd, table.reach)
+    out = evaluate(np.concatenate(parts), _node(sd, table.reach))
     slope, size, spread = jnp.split(out, np.cumsum([len(p) for p in parts])[:-1])
     slope, size = (
         a * sd**power if power else a for a, power in zip((slope, size), table.powers, strict=True)
@@ -385,7 +371,7 @@ def sums(table: Table, cov12: Array, side1: Array, side2: Array, gap12: Any) -> 
     one, two = _features(table, side1), _features(table, side2)
     signs = jnp.asarray(table.slope.signs, one.slope.dtype)
     one = one._replace(slope=one.slope * signs.reshape((-1,) + (1,) * side1.ndim))
-    one, two = made_once((one, two), cov12)
+    one, two = made_once((one, two), (side1.shape, side2.shape), cov12)
     c = _coefficients(table.slope, one.slope, two.slope)
     product = one.sd * two.sd
     if table.shape in (Shape.BENT, Shape.KINKED):
