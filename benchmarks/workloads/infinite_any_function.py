@@ -14,9 +14,12 @@ _DEPTH = 2
 
 
 def _function(name: str):
+    import jax
     import jax.numpy as jnp
 
-    return {"tanh": jnp.tanh, "arctan": jnp.arctan}[name]
+    functions = {"tanh": jnp.tanh, "arctan": jnp.arctan, "relu6": jax.nn.relu6}
+    functions["clip"] = lambda x: jnp.clip(x, -0.5, 2)
+    return functions[name]
 
 
 def _layer(stax, ours: bool, name: str):
@@ -57,11 +60,10 @@ def any_function(name: str, peer: str | None, n: int) -> Workload:
     )
 
 
+_NAMES = ("tanh", "arctan", "softplus", "silu", "mish", "elu", "selu", "hardtanh", "relu6", "clip")
+
 WORKLOADS = [
     any_function("tanh", "neural-tangents", 500),
     any_function("arctan", "neural-tangents", 500),
-    *(
-        any_function(name, None, 2500)
-        for name in ("tanh", "arctan", "softplus", "silu", "mish", "elu", "selu", "hardtanh")
-    ),
+    *(any_function(name, None, 2500) for name in _NAMES),
 ]
