@@ -73,11 +73,14 @@ def dense(phi, depth, b_std=0.125):
     return network
 
 
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("Abs", "LeakyRelu", "Gelu")]
+OTHERS = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("Abs", "LeakyRelu", "Gelu", "Mish", "SiLU", "Softplus", "Elu")
+]
 
 
 @pytest.mark.parametrize("depth", [3, 20])
-@pytest.mark.parametrize("name", ["Relu", "Erf", *OTHERS])
+@pytest.mark.parametrize("name", ["Relu", "Erf", "Tanh", *OTHERS])
 def test_dense_networks(name, depth):
     phi = {"LeakyRelu": lambda: stax.LeakyRelu(0.25)}.get(name, getattr(stax, name))
     check(dense(phi, depth), families((50,)))

@@ -31,7 +31,10 @@ from tangents._infinite.tile import (
     spatial_diagonal,
 )
 
-_ARRAYS = ("tile", "side1", "side2", "mask1", "mask2", "index1", "index2", "x1_is_x2", "planes")
+_ARRAYS = (
+    *("tile", "side1", "side2", "prepared", "mask1", "mask2"),
+    *("index1", "index2", "x1_is_x2", "planes"),
+)
 _STATIC = ("in1", "in2", "layout", "side_layout", "side_pairs", "shared")
 
 
@@ -39,7 +42,8 @@ _STATIC = ("in1", "in2", "layout", "side_layout", "side_pairs", "shared")
 class State:
     """Everything on one edge of the graph. `shared`: side 2 is side 1 (its arrays are None).
 
-    planes: which offsets the tile holds, in the layout PLANES.
+    planes: which offsets the tile holds, in the layout PLANES. prepared: `dual.prepared.Prepared`,
+    for the node that comes next.
     """
 
     tile: Any
@@ -57,6 +61,7 @@ class State:
     side_pairs: bool
     shared: bool
     planes: Any = None
+    prepared: Any = None
 
     def replace(self, **changes: Any) -> State:
         """A copy with some fields changed."""
@@ -173,6 +178,7 @@ def _contexts(node: Node, s: State, out1, out2, need: Need, patterns) -> dict[st
         same=_same(s),
         need=need,
         planes=s.planes,
+        prepared=s.prepared,
         **common,
     )
     return contexts

@@ -106,6 +106,7 @@ class Node:
     random_weights: bool = False  # fresh random weights: outputs are independent of all others
     kernel_warning: str | None = None  # what every call of kernel_fn warns of
     plane_wise: bool = False  # the rule keeps the difference of positions (see `planes.py`)
+    side_maker: Any = None  # Partial(var1, var2) -> Prepared: what the rule reads of one side each
     closes_planes: str = ""  # how it mixes them: windows, everything; flatten: takes equal ones
 
     # ---- shapes and static description -------------------------------------------------------

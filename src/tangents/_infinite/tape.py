@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from tangents._infinite.dual.prepared import Prepared
 from tangents._infinite.graph import Node, join_needs
 from tangents._infinite.tile import Layout, Need, spatial_diagonal
 
@@ -28,10 +29,16 @@ class Sides(NamedTuple):
     """What one node needs of the pairs (a, a), an entry for each of its inputs.
 
     side1, side2: tuples of arrays or None; side2 is None in what a recording of one side leaves.
+    maker: `Partial(var1, var2) -> Prepared` of a node that reads more of one side than variances.
+    level, numbers1, numbers2: what it made (`prepared`), arrays with the axes of a side behind one.
     """
 
     side1: tuple[Any, ...]
     side2: Any = None
+    maker: Any = None
+    level: Any = None
+    numbers1: Any = None
+    numbers2: Any = None
 
 
 def join_sides(entries1: Any, entries2: Any) -> list:
@@ -41,7 +48,7 @@ def join_sides(entries1: Any, entries2: Any) -> list:
         if isinstance(one, Turns):
             out.append(Turns(tuple(join_sides(one.entries, two.entries))))
         else:
-            out.append(Sides(one.side1, two.side1))
+            out.append(one._replace(side2=two.side1, numbers2=two.numbers1))
     return out
 
 
@@ -52,8 +59,43 @@ def map_sides(fn: Any, entries: Any, axis: int = 0) -> list:
         if isinstance(entry, Turns):
             out.append(Turns(tuple(map_sides(fn, entry.entries, axis + 1))))
         else:
-            out.append(jax.tree.map(lambda a: fn(a, axis), entry))
+            side1, side2 = jax.tree.map(lambda a: fn(a, axis), (entry.side1, entry.side2))
+            both = (entry.numbers1, entry.numbers2)
+            numbers1, numbers2 = jax.tree.map(lambda a: fn(a, axis + 1), both)
+            out.append(Sides(side1, side2, entry.maker, entry.level, numbers1, numbers2))
     return out
+
+
+def prepared(entries1: Any, entries2: Any, most: int) -> tuple[list, list]:
+    """Both recordings (or twice one) with what nodes read of one side, made once for all tiles.
+
+    most: numbers that may be kept; of more, tiles make their own.
+    """
+    made = jax.eval_shape(lambda: _prepared(entries1, entries2))
+    count = sum(a.size for a in jax.tree.leaves(made))
+    sides = sum(a.size for a in jax.tree.leaves((entries1, entries2)))
+    return _prepared(entries1, entries2) if count - sides <= most else (entries1, entries2)
+
+
+def _prepared(entries1: Any, entries2: Any) -> tuple[list, list]:
+    same, out1, out2 = entries2 is entries1, [], []
+    for one, two in zip(entries1, entries2, strict=True):
+        if isinstance(one, Turns):
+
+            def turn(both):
+                first, second = both
+                return _prepared(first, first if second is None else second)
+
+            first, second = jax.lax.map(turn, (one.entries, None if same else two.entries))
+            one, two = Turns(tuple(first)), Turns(tuple(second))
+        elif one.maker is not None:
+            found = one.maker(one.side1[0], *(() if same else two.side1))
+            if found is not None:
+                one = one._replace(level=found.level, numbers1=found.sides[0])
+                two = two._replace(numbers1=found.sides[-1])
+        out1.append(one)
+        out2.append(two)
+    return out1, out2
 
 
 class Tape:
@@ -84,7 +126,7 @@ class Tape:
             layout = max(alone, Layout.DIAGONAL if self.keep else Layout.NONE)
             layout = min(layout, s.side_layout)
             kept.append(None if layout == Layout.NONE else _in_layout(s, layout))
-        self.append(Sides(tuple(kept)), state)
+        self.append(Sides(tuple(kept), maker=node.side_maker), state)
         return state
 
     def play(self, state: Any) -> Any:
@@ -93,7 +135,10 @@ class Tape:
         if isinstance(state, (list, tuple)):
             pairs = zip(state, sides.side1, sides.side2, strict=True)
             return [_with_sides(s, a, b) for s, a, b in pairs]
-        return _with_sides(state, sides.side1[0], sides.side2[0])
+        state = _with_sides(state, sides.side1[0], sides.side2[0])
+        if sides.level is None:
+            return state
+        return state.replace(prepared=Prepared(sides.level, (sides.numbers1, sides.numbers2)))
 
     def append(self, entry: Any, state: Any) -> None:
         """One more entry, of a node before which the state is this."""

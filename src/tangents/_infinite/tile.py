@@ -180,6 +180,7 @@ class Context:
     channel_masks: masks differ between channels (a rule that counts positions refuses them).
     has_gap: the tile comes with a gap, so equal examples are known by it.
     planes: the `Planes` of a tile in that layout, whose sides are laid out like itself.
+    prepared: what the node read of both sides before (`Node.side_maker`), or None.
     """
 
     in1: Any
@@ -201,6 +202,7 @@ class Context:
     channel_masks: bool = False
     has_gap: bool = False
     planes: Any = None
+    prepared: Any = None
 
     def carries(self, tile: Tile) -> bool:
         """Is there a gap to carry, and the variances that takes?"""

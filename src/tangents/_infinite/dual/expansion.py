@@ -43,8 +43,7 @@ import numpy as np
 
 from tangents._core import precision
 from tangents._core.typing import Array
-from tangents._infinite.barrier import made_together, taken_apart
-from tangents._infinite.dual import arc_cosine, close, piecewise_linear, sampled
+from tangents._infinite.dual import arc_cosine, by_tables, close, piecewise_linear, sampled
 from tangents._infinite.dual.angle import norm, reciprocal, safe_sqrt, sine_squared
 from tangents._infinite.dual.form import Dual
 from tangents._infinite.dual.orthant import (
@@ -54,8 +53,9 @@ from tangents._infinite.dual.orthant import (
     ramps_and_steps,
     upper_tail,
 )
+from tangents._infinite.dual.prepared import Prepared
 from tangents._infinite.dual.single_precision import is_single
-from tangents._infinite.dual.tabulated import Sums, Table, sums, tables_of
+from tangents._infinite.dual.tabulated import tables_of
 
 Phi = Callable[[Any, Array], Array]
 
@@ -78,11 +78,15 @@ class Kink(NamedTuple):
 class Expansion(NamedTuple):
     """The faces of a `DualKernel`, and `from_sides`, which is told the variances of both sides.
 
-    from_sides: `(hyper, cov12, var1, var2, side1, side2, gap12=None) -> Dual`; var1, var2 are the
-      variances of each pair, side1, side2 the same numbers, broadcastable, not repeated for each
-      pair.
+    from_sides: `(hyper, cov12, var1, var2, side1, side2, gap12=None, prepared=None) -> Dual`; var1
+      and var2 are the variances of each pair, side1 and side2 the same numbers, broadcastable, not
+      repeated for each pair.
     truncation: `(hyper, var) -> share` of the last quarter of the longest series of phi', at equal
       inputs of these variances: what is left out is of that size.
+    carries_gap: does `dual` return the gap where it is given one (in float64 only where the slope
+      of phi jumps).
+    prepare: `(variances of side 1, of side 2 if it is another) -> what from_sides takes`, in single
+      precision; else None.
     """
 
     phi: Phi
@@ -90,12 +94,8 @@ class Expansion(NamedTuple):
     diagonal: Callable[[Any, Array], Array]
     from_sides: Callable[..., Dual]
     truncation: Callable[[Any, Array], Array]
-    bends: Callable[[], bool] = lambda: False
-
-    @property
-    def carries_gap(self) -> bool:
-        """Is the slope of phi seen to jump (looked for when first asked)?"""
-        return self.bends()
+    carries_gap: bool
+    prepare: Callable[..., Prepared | None] | None
 
 
 def _none(jump: Any) -> bool:
@@ -403,92 +403,6 @@ def _square(phi: Phi, var: Array) -> Array:
     return jnp.sum(w * jnp.square(phi({}, safe_sqrt(var)[..., None] * z)), -1)
 
 
-def _largest(side1: Array, side2: Array) -> Array:
-    return jnp.maximum(jnp.max(side1, initial=0), jnp.max(side2, initial=0))
-
-
-def _never() -> bool:
-    return False
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def _from_tables(
-    tables: tuple[Table, ...],
-    far: sampled.Sampled | None,
-    series: Callable,
-    square: Callable,
-    cov12,
-    var1,
-    var2,
-    side1,
-    side2,
-    *gap12,
-):
-    """Nngp, d_nngp and, if given, the gap: from the first table that reaches, else from the series.
-
-    far: the series whose high terms are sampled, if there is one. Derivatives are those of the
-    series.
-    """
-    gap = gap12[0] if gap12 else None
-    largest = _largest(side1, side2)
-    longest = _TERMS[cov12.dtype.itemsize][-1:]
-    kinked = tables[0].carries_gap
-
-    def tabulated(table, cov12, var1, var2, *others):
-        return sums(table, cov12, *others)
-
-    def summed(cov12, var1, var2, side1, side2, gap):
-        if far is not None:
-            near, slope, scales = sampled.sums(far, cov12, side1, side2, gap)
-            if kinked:
-                return Sums(made_together(near, slope), scales)
-            return Sums(made_together(scales[0] * scales[1] - near, slope), ())
-        value, slope = series(longest, cov12, var1, var2, side1, side2, gap)
-        if not kinked:
-            return Sums(made_together(value, slope), ())
-        scales = safe_sqrt(square(side1)), safe_sqrt(square(side2))
-        near = jnp.maximum(scales[0] * scales[1] - value, 0)
-        return Sums(made_together(near, slope), scales)
-
-    level = sum(((largest > t.reach**2).astype(jnp.int32) for t in tables), start=jnp.int32(0))
-    branches = [*(functools.partial(tabulated, table) for table in tables), summed]
-    pair, scales = jax.lax.switch(level, branches, cov12, var1, var2, side1, side2, gap)
-    near, slope = taken_apart(pair)
-    if not kinked:
-        return near, slope
-    scale = scales[0] * scales[1]
-    nngp = scale - near
-    return (nngp, slope, jnp.where(nngp < 0, scale + nngp, near)) if gap12 else (nngp, slope)
-
-
-@_from_tables.defjvp
-def _from_tables_jvp(tables, far, series, square, primals, tangents):
-    def near(cov12, var1, var2, side1, side2, *gap12):
-        levels = _TERMS[cov12.dtype.itemsize]
-        nngp, slope = series(levels, cov12, var1, var2, side1, side2, *gap12)
-        if not gap12:
-            return nngp, slope
-        return nngp, slope, norm(square(side1), square(side2)) - jnp.abs(nngp)
-
-    def beyond(cov12, var1, var2, side1, side2, *gap12):
-        gap = gap12[0] if gap12 else None
-        lost, slope, scales = sampled.sums(far, cov12, side1, side2, gap, carried=False)
-        nngp = scales[0] * scales[1] - lost
-        if not gap12:
-            return nngp, slope
-        return nngp, slope, jnp.where(nngp < 0, scales[0] * scales[1] + nngp, lost)
-
-    def change(values, primals, tangents):
-        return jax.jvp(values, primals, tangents)[1]
-
-    out = _from_tables(tables, far, series, square, *primals)
-    if far is None:
-        return out, change(near, primals, tangents)
-    reached = _largest(*primals[3:5]) <= tables[-1].reach ** 2
-    branches = (functools.partial(change, values) for values in (near, beyond))
-    return out, jax.lax.cond(reached, *branches, primals, tangents)
-
-
 def expand(
     phi: Phi,
     kinks: Callable[[Any], Sequence[Kink]] = lambda hyper: (),
@@ -574,38 +488,46 @@ def expand(
         return *both, (one.size, two.size), gap
 
     @functools.cache
-    def tables() -> tuple[Table, ...]:
+    def table() -> by_tables.ByTables | None:
+        """Of a function smooth apart from 0, whose tables hold it."""
         ks = tuple(kinks({}))
         if any(k.place != 0.0 or not _none(k.jumps[0]) for k in ks):
-            return ()
-        return tables_of(lambda x: phi({}, x), bool(ks), bends())
+            return None
+        found = tables_of(lambda x: phi({}, x), bool(ks))
+        if not found:
+            return None
+        jumps = ks[0].jumps[1:] if ks else (0.0, 0.0, 0.0)
+        far = sampled.sampled(lambda x: phi({}, x), jumps)
 
-    @functools.cache
-    def far() -> sampled.Sampled | None:
-        ks = tuple(kinks({}))
-        return sampled.sampled(lambda x: phi({}, x), ks[0].jumps[1:] if ks else (0.0, 0.0, 0.0))
+        def of_series(cov12, *others, longest=False):
+            levels = levels_of(cov12)
+            return series({}, levels[-1:] if longest else levels, cov12, *others)
 
-    def bends() -> bool:
-        """Jumps of the slope: what the gap is carried on for."""
-        return any(not _none(k.jumps[1]) for k in kinks({}))
+        return by_tables.ByTables(found, far, of_series, square)
 
-    def from_sides(hyper, cov12, var1, var2, side1, side2, gap12=None) -> Dual:
+    def prepare(*sides: Array) -> Prepared | None:
+        if not is_single(sides[0]):
+            return None
+        straight = form(4) if sides[0].dtype == jnp.float32 else None
+        if straight is not None:
+            return piecewise_linear.prepare_sides(straight, *sides)
+        found = table()
+        return None if found is None else found.prepare(*sides)
+
+    def from_sides(
+        hyper, cov12, var1, var2, side1, side2, gap12=None, prepared: Prepared | None = None
+    ) -> Dual:
         args = (cov12, var1, var2, side1, side2)
-        single = cov12.dtype == jnp.float32
-        straight = form(4) if single else None
+        extra = () if gap12 is None else (gap12,)
+        straight = form(4) if cov12.dtype == jnp.float32 else None
         if straight is not None:
             exact = functools.partial(with_gap, {})
-            extra = () if gap12 is None else (gap12,)
-            return Dual(*piecewise_linear.dual(straight, exact, *args, *extra))
-        found = tables() if tabulated and is_single(cov12) else ()
-        if not found:
+            return Dual(*piecewise_linear.dual(straight, exact, prepared, *args, *extra))
+        found = table() if tabulated and is_single(cov12) else None
+        if found is None:
             value, slope, _, gap = with_gap(hyper, *args, gap12)
             return Dual(value, slope, gap)
-        if not found[0].carries_gap:
-            gap12 = None
-        extra = () if gap12 is None else (gap12,)
-        of_phi = found, far(), functools.partial(series, {}), square
-        return Dual(*_from_tables(*of_phi, *args, *extra))
+        return Dual(*by_tables.dual(found, prepared, *args, *extra))
 
     def dual(hyper, cov12, var1, var2, gap12=None) -> Dual:
         return from_sides(hyper, cov12, var1, var2, var1, var2, gap12)
@@ -619,4 +541,5 @@ def expand(
         return _rough(_coefficients(phi, hyper, ks, parity, most, var), parity, most)
 
     # Hyperparameters may be traced, and a table may not: without any there may be one.
-    return Expansion(phi, dual, diagonal, from_sides, truncation, bends if tabulated else _never)
+    prepares = prepare if tabulated else None
+    return Expansion(phi, dual, diagonal, from_sides, truncation, tabulated, prepares)

@@ -29,6 +29,7 @@ from tangents._infinite.barrier import made_once, made_together, taken_apart
 from tangents._infinite.dual import close, corners
 from tangents._infinite.dual.angle import safe_sqrt
 from tangents._infinite.dual.orthant import density, upper_tail
+from tangents._infinite.dual.prepared import Prepared, pack, prepare, unpack
 from tangents._infinite.dual.single_precision import folded_angle, segment
 
 STRAIGHT = {4: 2e-7, 8: 1e-12}  # tolerances by bytes of a number
@@ -312,14 +313,38 @@ class Sums(NamedTuple):
     scales: tuple[Array, Array]
 
 
+def _scale(fn: PiecewiseLinear) -> float:
+    """In units of which the least place is about 1: a power of two, which is exact."""
+    return 2.0 ** -round(math.log2(min(fn.places, default=1.0)))
+
+
+def _side_of(fn: PiecewiseLinear, fit: corners.Fit, var: Array) -> _Side:
+    scale = _scale(fn)
+    return _side(fn.of_scale(scale), fit, jnp.sqrt(var * (scale * scale)))
+
+
+def features(fn: PiecewiseLinear, fit: corners.Fit, var: Array) -> Array:
+    """What pairs need of one side, `(numbers, *var.shape)`."""
+    return pack(_side_of(fn, fit, var), var.shape)
+
+
 def sums(
-    fn: PiecewiseLinear, fit: corners.Fit, cov12: Array, side1: Array, side2: Array, gap12: Any
+    fn: PiecewiseLinear,
+    fit: corners.Fit,
+    both: Any,
+    cov12: Array,
+    side1: Array,
+    side2: Array,
+    gap12: Any,
 ) -> Sums:
-    """In single precision, for deviations up to `fit.reach` times the least place."""
-    scale = 2.0 ** -round(math.log2(min(fn.places, default=1.0)))  # exact
+    """In single precision, for deviations up to `fit.reach` times the least place.
+
+    both: `features` of both sides.
+    """
+    of_side = functools.partial(_side_of, fn, fit)
+    one, two = (unpack(a, jax.eval_shape(of_side, side)) for a, side in zip(both, (side1, side2)))
+    scale = _scale(fn)
     fn, square = fn.of_scale(scale), scale * scale
-    one, two = (_side(fn, fit, jnp.sqrt(v * square)) for v in (side1, side2))
-    one, two = made_once((one, two), (side1.shape, side2.shape), cov12)
     cov, product = cov12 * square, one.sd * two.sd
     if gap12 is None:
         var1, var2, size = side1 * square, side2 * square, jnp.abs(cov)
@@ -354,31 +379,48 @@ def _near(fn: PiecewiseLinear, one: _Side, two: _Side, pair: _Pair, base: _Parts
     return jnp.maximum(jnp.where(closer, least, near), 0)
 
 
+def _level(fn: PiecewiseLinear, side1: Array, side2: Array) -> Array:
+    """Which of `corners.FITS` reaches; their number: none does."""
+    largest = jnp.maximum(jnp.max(side1, initial=0), jnp.max(side2, initial=0))
+    reaches = [(fit.reach * min(fn.places, default=math.inf)) ** 2 for fit in corners.FITS]
+    return sum(((largest > r).astype(jnp.int32) for r in reaches), start=jnp.int32(0))
+
+
+def prepare_sides(fn: PiecewiseLinear, *sides: Array) -> Prepared:
+    """What belongs to one side each."""
+    forms = [functools.partial(features, fn, fit) for fit in corners.FITS]
+    return prepare(forms, _level(fn, sides[0], sides[-1]), sides)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def dual(fn: PiecewiseLinear, exact: Callable, cov12, var1, var2, side1, side2, *gap12):
+def dual(fn: PiecewiseLinear, exact: Callable, prepared, cov12, var1, var2, side1, side2, *gap12):
     """Nngp, d_nngp and, if given, the gap, in single precision.
 
     exact: `(cov12, var1, var2, side1, side2, gap12) -> (nngp, d_nngp, (k1, k2), gap)` for
       deviations beyond all `corners.FITS`. Derivatives are its.
+    prepared: of both sides, by `prepare_sides`, or None.
     """
     gap = gap12[0] if gap12 else None
-    largest = jnp.maximum(jnp.max(side1, initial=0), jnp.max(side2, initial=0))
 
-    def near(fit, cov12, var1, var2, side1, side2, gap):
-        return sums(fn, fit, cov12, side1, side2, gap)
+    def near(fit, prepared, cov12, var1, var2, side1, side2, gap):
+        if prepared is None:
+            found = tuple(features(fn, fit, side) for side in (side1, side2))
+            found = made_once(found, (side1.shape, side2.shape), cov12)
+        else:
+            found = prepared.sides
+        return sums(fn, fit, found, cov12, side1, side2, gap)
 
-    def far(cov12, var1, var2, side1, side2, gap):
+    def far(prepared, cov12, var1, var2, side1, side2, gap):
         value, slope, scales, gap = exact(cov12, var1, var2, side1, side2, gap)
         size = jnp.where(cov12 < 0, -value, value) if fn.signed else value
         near = scales[0] * scales[1] - size
         near = near if gap is None else jnp.where(size < 0, near, gap)
         return Sums(made_together(near, slope), scales)
 
-    args = cov12, var1, var2, side1, side2, gap
+    args = prepared, cov12, var1, var2, side1, side2, gap
     branches = [functools.partial(near, fit) for fit in corners.FITS]
     if fn.places:
-        reaches = [(fit.reach * min(fn.places)) ** 2 for fit in corners.FITS]
-        level = sum(((largest > r).astype(jnp.int32) for r in reaches), start=jnp.int32(0))
+        level = _level(fn, side1, side2) if prepared is None else prepared.level
         pair, scales = jax.lax.switch(level, [*branches, far], *args)
     else:
         pair, scales = branches[0](*args)
@@ -392,9 +434,12 @@ def dual(fn: PiecewiseLinear, exact: Callable, cov12, var1, var2, side1, side2, 
 
 @dual.defjvp
 def _dual_jvp(fn, exact, primals, tangents):
+    prepared, *primals = primals
+
     def values(cov12, var1, var2, side1, side2, *gap12):
         gap = gap12[0] if gap12 else None
         nngp, slope, _, gap = exact(cov12, var1, var2, side1, side2, gap)
         return (nngp, slope, gap) if gap12 else (nngp, slope)
 
-    return dual(fn, exact, *primals), jax.jvp(values, primals, tangents)[1]
+    change = jax.jvp(values, tuple(primals), tuple(tangents[1:]))[1]
+    return dual(fn, exact, prepared, *primals), change

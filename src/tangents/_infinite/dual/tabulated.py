@@ -15,9 +15,18 @@ neural kernel embeddings for general activations", truncate the series of powers
 as many terms as there are, close to rho = 1.)
 
 The dual of phi needs no table of its own, for its derivative in rho is sd1 sd2 times that of phi'
-(Price 1958), and integrals of the p_m are short sums of such polynomials. Where phi is smooth
-x = rho and p_m = 2 T_m, and the integral starts at rho = 0, where the expectation is a product of
-two means. (Of an odd phi there are even m alone.)
+(Price 1958), and integrals of the p_m are short sums of such polynomials. They are taken from the
+equal end, where
+
+    E[phi(u) phi(v)] = k1 k2 (1 - sum_r (h_r(sd1) - h_r(sd2))^2) - sd1 sd2 int_rho^1 ... d rho,
+    k = E[phi^2]^(1/2):
+
+what is subtracted is the gap after the layer, without cancellation, as long as the integral is a
+product of 1 - rho. Where phi is smooth x = rho, p_0 = 1, p_m = 2 T_m, and that is so by Fejer's sum
+
+    (1 - T_n(x)) / (1 - x) = n + 2 sum_(0 < k < n) (n - k) T_k(x).
+
+Of an odd phi there are even m alone, and the dual of phi is odd in rho.
 
 Where phi has a kink at 0 all is smooth in the angle, and singular in rho at both ends. Then
 rho = x (3 - x^2) / 2, that is x = 2 sin((pi / 2 - theta) / 3), and p_m are Gegenbauer polynomials
@@ -25,12 +34,7 @@ of weight d rho = 3/2 (1 - x^2) dx, q_m those of weight (1 - x^2)^2, scaled as i
 
     int_x^1 p_m d rho = 3 / (m + 3) (1 - x^2)^2 q_(m-1),    int_x^1 p_0 d rho = 1 - rho
 
-(DLMF 18.9.20), and from the same sum
-
-    E[phi(u) phi(v)] = k1 k2 (1 - sum_r (h_r(sd1) - h_r(sd2))^2) - sd1 sd2 int_x^1 ...,
-    k = E[phi^2]^(1/2):
-
-what is subtracted is the gap after the layer, without cancellation.
+(DLMF 18.9.20).
 """
 
 from __future__ import annotations
@@ -47,17 +51,19 @@ import numpy as np
 from numpy.polynomial import chebyshev
 
 from tangents._core.typing import Array
-from tangents._infinite.barrier import made_once, made_together
+from tangents._infinite.barrier import made_together
+from tangents._infinite.dual import pieces
 from tangents._infinite.dual.angle import reciprocal, relative_gap, safe_sqrt, sine_squared
 from tangents._infinite.dual.chebyshev import evaluate
 from tangents._infinite.dual.single_precision import opening
 
 # Largest standard deviations: longer tables cost more for each pair, and each is compiled.
-_SHORT, _USUAL, _LONG = 1.75, 2.5, 8.0
+_SHORT, _USUAL, _LONG = 1.75, 3.0, 8.0
 
 _DEVIATIONS = 28  # Chebyshev points of the standard deviation
 _ANGLES = 40  # at most, of x
-_TOLERANCE, _SPREAD = 3e-7, 1e-8
+_PIECES = 64
+_TOLERANCE, _SPREAD = 1e-7, 1e-9
 _HOLDS = (8e-7, 1e-6)  # errors of value and slope with which a table is used
 _REACH = 8.5  # of the radius
 _RADII, _PANEL = 64, 24  # nodes of the radius, and of the polar angle between two kinks
@@ -70,23 +76,24 @@ class Factors(NamedTuple):
     """sum_m p_m(x) sum_r sign_mr f_mr f_mr.
 
     ranks: numbers of products of every m. rows: (sum of ranks, coefficients in the deviation).
+    last: the last p_m(1). integrated: how many m count in the integral.
     """
 
     ranks: tuple[int, ...]
     rows: np.ndarray
     signs: np.ndarray
+    last: float
+    integrated: int
 
 
 class Shape(enum.Enum):
     """What is known of phi, and with it x and the p_m.
 
-    ODD: phi is odd and smooth, x = 2 rho^2 - 1. SMOOTH: x = rho. BENT: the second derivative jumps
-    at 0. KINKED: the first does.
+    ODD: phi is odd and smooth, x = 2 rho^2 - 1. SMOOTH: x = rho. KINKED: it is not smooth at 0.
     """
 
     ODD = enum.auto()
     SMOOTH = enum.auto()
-    BENT = enum.auto()
     KINKED = enum.auto()
 
 
@@ -94,21 +101,26 @@ class Shape(enum.Enum):
 class Table:
     """Of phi', and what belongs to one side of phi.
 
-    reach: the largest deviation. size: E[phi] of SMOOTH and BENT, k of KINKED. spread: the h_r of
-    KINKED. powers: of the deviation that are not in the rows of slope and size.
+    reach: the largest deviation. scales: k and E[phi'^2]^(1/2). spread: the h_r. powers: of the
+    deviation that are neither in E[phi'^2]^(1/2) and the rows of slope, nor in k.
     """
 
     reach: float
     shape: Shape
     slope: Factors
-    size: np.ndarray
+    scales: pieces.Pieces
     spread: np.ndarray
     powers: tuple[int, int]
 
     @property
-    def carries_gap(self) -> bool:
-        """Are kernels wanted to the last digit of the angle?"""
-        return self.shape == Shape.KINKED
+    def features(self) -> int:
+        """Numbers that belong to one side."""
+        return 3 + len(self.slope.rows) + len(self.spread)
+
+    @property
+    def signed(self) -> bool:
+        """Is the dual of phi odd in rho?"""
+        return self.shape == Shape.ODD
 
 
 # ---- on the host ---------------------------------------------------------------------------------
@@ -180,8 +192,17 @@ def _polynomials(shape: Shape, x: np.ndarray, number: int) -> np.ndarray:
     return np.stack(columns[:number], 1)
 
 
+def _integrals(shape: Shape, number: int) -> np.ndarray:
+    """The largest integral of each p_m."""
+    theta = np.linspace(1e-3, np.pi / 2 if shape == Shape.ODD else np.pi, 400)
+    x = 2 * np.sin((np.pi / 2 - theta) / 3) if shape == Shape.KINKED else np.cos(theta)
+    units = [[*np.zeros(m), 1.0] for m in range(number)]
+    sums = (_SUMS[shape](c, number, x, 1 - x, 1 + x)[0] for c in units)
+    return np.asarray([np.max(np.abs(s)) for s in sums])
+
+
 def _angles_of(shape: Shape, x: np.ndarray) -> np.ndarray:
-    if shape in (Shape.BENT, Shape.KINKED):
+    if shape == Shape.KINKED:
         return np.pi / 2 - 3 * np.arcsin(x / 2)
     return np.arccos(np.sqrt((x + 1) / 2) if shape == Shape.ODD else x)
 
@@ -192,17 +213,26 @@ def _factors(shape: Shape, x: np.ndarray, values: np.ndarray, scale: np.ndarray)
     ranks, rows, signs = [], [], []
     coefficients = np.linalg.solve(_polynomials(shape, x, len(x)), values.reshape(len(x), -1))
     peaks = _polynomials(shape, np.ones(1), len(x))[0]
-    for c, peak in zip(coefficients.reshape(values.shape), peaks, strict=True):
+    integrals = _integrals(shape, len(x))
+    integrated = 0
+    for m, (c, peak) in enumerate(zip(coefficients.reshape(values.shape), peaks, strict=True)):
         size, vectors = np.linalg.eigh((c + c.T) / 2)
         order = np.argsort(-np.abs(size))
-        keep = [k for k in order if abs(size[k]) * np.max(vectors[:, k] ** 2) * peak > _TOLERANCE]
+        # Gegenbauer polynomials are large close to x = 1 alone, where sums are made right.
+        power = 0.75 if shape == Shape.KINKED else 1
+        worst = np.abs(size) * np.max(vectors**2, 0) * peak**power
+        keep = [k for k in order if worst[k] > _TOLERANCE]
         ranks.append(len(keep))
+        if keep and np.max(np.abs(c)) * integrals[m] > _TOLERANCE / 5:
+            integrated = m + 1
         for k in keep:
-            rows.append(np.sqrt(abs(size[k])) * vectors[:, k] * scale)
+            rows.append(np.sqrt(abs(size[k])) * vectors[:, k])
             signs.append(np.sign(size[k]))
     last = max([m for m, rank in enumerate(ranks) if rank], default=-1)
     at_points = np.stack(rows, 1) if rows else np.zeros((_DEVIATIONS, 0))
-    return Factors(tuple(ranks[: last + 1]), _series_in(points, at_points).T, np.asarray(signs))
+    at_points = at_points * scale[:, None]
+    found = _series_in(points, at_points).T, np.asarray(signs), float(peaks[last])
+    return Factors(tuple(ranks[: last + 1]), *found, integrated)
 
 
 def _table(evaluate: Callable, reach: float, shape: Shape) -> Table:
@@ -216,54 +246,93 @@ def _table(evaluate: Callable, reach: float, shape: Shape) -> Table:
     slopes = slopes / outside[:, None] / outside
     slope = _factors(shape, x, slopes, own_slope / sd**power)
 
-    size, spread, order = np.zeros((0, _DEVIATIONS)), np.zeros((0, _DEVIATIONS)), 0
-    if shape == Shape.KINKED:
-        own = np.sqrt(np.diagonal(equal))
-        outside = np.where(own > 0, own, 1)
-        share, vectors = np.linalg.eigh(equal / outside[:, None] / outside)
-        keep = share > _SPREAD * share[-1]
-        spread = np.sqrt(share[keep] / 2) * vectors[:, keep]
-        spread = _series_in(points, spread - spread.mean(0)).T
-    elif shape != Shape.ODD:  # at right angles the expectation is a product
-        apart = _expectations(evaluate, np.full(1, np.pi / 2), sd)[0][0]
-        largest = np.argmax(np.diagonal(apart))
-        own = apart[largest] / np.sqrt(max(apart[largest, largest], np.finfo(float).tiny))
-    else:
-        own = np.zeros(0)
-    if len(own):
-        order = _power(sd, np.abs(own))
-        size = _series_in(points, own / sd**order)[None]
-    return Table(reach, shape, slope, size, spread, (power, order))
+    own = np.sqrt(np.diagonal(equal))
+    order = _power(sd, own)
+    columns = _series_in(points, np.stack([own / sd**order, own_slope / sd**power], 1)).T
+
+    def of_scales(x):
+        return chebyshev.chebval(_node(x, reach), columns.T)
+
+    scales = pieces.pieces(of_scales, reach, _PIECES)
+    outside = np.where(own > 0, own, 1)
+    share, vectors = np.linalg.eigh(equal / outside[:, None] / outside)
+    keep = share > _SPREAD * share[-1]
+    spread = np.sqrt(share[keep] / 2) * vectors[:, keep]
+    spread = _series_in(points, spread - spread.mean(0)).T
+    return Table(reach, shape, slope, scales, spread, (power, order))
 
 
 # ---- in the program ------------------------------------------------------------------------------
 
 
-class _Features(NamedTuple):
-    """Of one side. sd: the deviation, of which those outside of the table count as the largest."""
+class _Side(NamedTuple):
+    """Of one side.
 
-    sd: Array
-    slope: Array
-    size: Array
-    spread: Array
+    sd: the deviation, of which those outside of the table count as the largest. size: k. repair:
+    of `_repair`.
+    """
+
+    sd: Any
+    size: Any
+    repair: Any
+    slope: Any
+    spread: Any
 
 
-def _features(table: Table, var: Array) -> _Features:
+def features(table: Table, var: Array) -> Array:
+    """What pairs need of one side, `(table.features, *var.shape)`."""
     sd = jnp.minimum(jnp.sqrt(var), table.reach)
-    parts = [table.slope.rows, table.size, table.spread]
-    out = evaluate(np.concatenate(parts), _node(sd, table.reach))
-    slope, size, spread = jnp.split(out, np.cumsum([len(p) for p in parts])[:-1])
-    slope, size = (
-        a * sd**power if power else a for a, power in zip((slope, size), table.powers, strict=True)
-    )
-    return _Features(sd, slope, size, spread)
+    rows = np.concatenate([table.slope.rows, table.spread])
+    slope, spread = jnp.split(evaluate(rows, _node(sd, table.reach)), [len(table.slope.rows)])
+    size, own = pieces.evaluate(table.scales, sd)
+    power, order = table.powers
+    if power:
+        slope, own = slope * sd**power, own * sd**power
+    scales = jnp.stack([sd, size * sd**order, _repair(table, slope, own)])
+    return jnp.concatenate([scales, slope, spread])
+
+
+def _repair(table: Table, slope: Any, own: Any) -> Any:
+    """What makes the sums right where inputs are equal: there errors would add up over layers.
+
+    KINKED: half of what the last p_m gets, since what is left out are polynomials that are large
+    close to x = 1 alone. Else a factor of both sums.
+    """
+    # In the order of pairs, so that roundings are the same.
+    total = _SUMS[table.shape](_coefficients(table.slope, slope, slope), 0, 1.0, 0.0, 2.0)[1]
+    if table.shape == Shape.KINKED:
+        return (own * own - total) * (0.5 / table.slope.last)
+    positive, xp = total > 0, np if isinstance(own, np.ndarray) else jnp
+    return xp.where(positive, own / xp.sqrt(xp.where(positive, total, 1)), 0)
+
+
+def _side(table: Table, found: Any) -> _Side:
+    end = 3 + len(table.slope.rows)
+    return _Side(found[0], found[1], found[2], found[3:end], found[end : table.features])
 
 
 def _coefficients(factors: Factors, one: Any, two: Any) -> list[Any]:
     """Of the p_m, from the products of both sides."""
-    ends = itertools.accumulate(factors.ranks)
-    terms = [range(end - n, end) for end, n in zip(ends, factors.ranks, strict=True)]
-    return [sum(one[k] * two[k] for k in each) for each in terms]
+    out, start = [], 0
+    for rank in factors.ranks:
+        total: Any = 0.0
+        for k in range(start, start + rank):
+            product = one[k] * two[k]
+            total = total + product if factors.signs[k] > 0 else total - product
+        out.append(total)
+        start += rank
+    return out
+
+
+def _both_sums(table: Table, one: _Side, two: _Side, x: Any, ahead: Any, behind: Any) -> Any:
+    """The integral of the dual of phi' in rho up to 1, and the dual; 1 - x and 1 + x are exact."""
+    c, number = _coefficients(table.slope, one.slope, two.slope), table.slope.integrated
+    if table.shape == Shape.KINKED:
+        if c:
+            c[-1] = c[-1] + (one.repair + two.repair)
+        return _kinked(c, number, x, ahead, behind)
+    factor = one.repair * two.repair
+    return tuple(factor * s for s in _SUMS[table.shape](c, number, x, ahead, behind))
 
 
 def _combined(coefficients: list[Any], weights: Callable[[int], float], x: Any) -> Any:
@@ -296,116 +365,101 @@ def _chebyshev(m: int) -> float:
     return 2.0 if m == 1 else 1.0
 
 
-def _second_kind(m: int) -> float:
-    """p_m = U_m."""
-    return 1.0
+def _after(values: list[Any]) -> list[Any]:
+    """Sums of all values behind each."""
+    return list(itertools.accumulate(values[:0:-1]))[::-1]
 
 
-def _odd(c: list[Any], rho: Any) -> tuple[Any, Any]:
-    """The integral from 0 and the sum; p_m = 2 T_2m(rho)."""
-    x = 2 * rho * rho - 1
-    differences = [a - b for a, b in zip(c, [*c, 0.0][1:], strict=True)]
-    b = [d / (2 * m + 1) for m, d in enumerate(differences)]  # of T_(2m+1) = rho (U_m - U_(m-1))
-    of_u = [a - b for a, b in zip(b, [*b, 0.0][1:], strict=True)]
-    return rho * _combined(of_u, _second_kind, x), _combined(c, _chebyshev, x)
+def _over_distance(b: list[Any]) -> list[Any]:
+    """Coefficients of (sum_m b_m T_m(1) - sum_m b_m T_m(x)) / (1 - x) in p_m = 2 T_m."""
+    return list(itertools.accumulate(reversed(_after(b))))[::-1]
 
 
-def _from_zero(c: list[Any], x: Any) -> Any:
-    """The integral in x of sum_m c_m p_m(x) from 0; p_m = 2 T_m."""
-    pairs = zip(c, [*c, 0.0, 0.0][2:], strict=True)
-    b = [0.0, *((a - b) * (0.5 / m) for m, (a, b) in enumerate(pairs, 1))]
-    at_zero = sum(2 * (-1) ** (m // 2) * b[m] for m in range(2, len(b), 2))
-    return _combined(b, _chebyshev, x) - at_zero
+def _odd(c: list[Any], integrated: int, rho: Any, ahead: Any, behind: Any) -> tuple[Any, Any]:
+    """The integral up to rho = 1 and the sum, of rho >= 0; p_m = 2 T_2m(rho)."""
+    used = c[:integrated]
+    differences = [a - b for a, b in zip(used, [*used, 0.0][1:], strict=True)]
+    b = [d * (1 / (2 * m + 1)) for m, d in enumerate(differences)]  # of T_(2m+1), the integral
+    # Of the same over rho, in the p_m = 2 T_m(x): T_(2m+1) = rho (p_m - p_(m-1) + p_(m-2) ...).
+    over_rho = list(itertools.accumulate(reversed(b), lambda later, own: own - later))[::-1]
+    twice = behind + behind
+    x = 1 - ahead * twice
+    rest = _combined(_over_distance(over_rho), _chebyshev, x)
+    return ahead * (sum(b) + 2 * rho * twice * rest), _combined(c, _chebyshev, x)
 
 
-def _smooth(c: list[Any], rho: Any) -> tuple[Any, Any]:
-    """The integral from 0 and the sum; p_m = 2 T_m(rho)."""
-    return _from_zero(c, rho), _combined(c, _chebyshev, rho)
+def _smooth(c: list[Any], integrated: int, rho: Any, ahead: Any, behind: Any) -> tuple[Any, Any]:
+    """The integral up to rho = 1 and the sum; p_m = 2 T_m(rho)."""
+    del behind
+    used = c[:integrated]
+    pairs = zip(used, [*used, 0.0, 0.0][2:], strict=True)
+    b = [0.0, *((a - b) * (1 / m) for m, (a, b) in enumerate(pairs, 1))]
+    return ahead * _combined(_over_distance(b), _chebyshev, rho), _combined(c, _chebyshev, rho)
 
 
-def _bent(c: list[Any], x: Any) -> tuple[Any, Any]:
-    """The integral in rho from 0 and the sum; p_m = 2 T_m(x)."""
-    # 3/2 (1 - x^2) p_m = 3/8 (2 p_m - p_(m+2) - p_(m-2)), where p_(-1) = p_1 and p_0 counts twice.
-    padded = [*c, 0.0, 0.0, 0.0, 0.0]
-    weighted = [(padded[0] - padded[2]) * 0.75, (padded[1] - padded[3]) * 0.375]
-    for m in range(2, len(c) + 2):
-        weighted.append(padded[m] * 0.75 - (padded[m - 2] + padded[m + 2]) * 0.375)
-    return _from_zero(weighted, x), _combined(c, _chebyshev, x)
-
-
-_FROM_ZERO = {Shape.ODD: _odd, Shape.SMOOTH: _smooth, Shape.BENT: _bent}
-
-
-def _kinked(c: list[Any], x: Any, ahead: Any, behind: Any) -> tuple[Any, Any]:
-    """The integral up to x = 1 and the sum; `ahead` = 1 - x and `behind` = 1 + x are exact."""
-    b = [a * (3 / (m + 3)) for m, a in enumerate(c[1:], 1)]
+def _kinked(c: list[Any], integrated: int, x: Any, ahead: Any, behind: Any) -> tuple[Any, Any]:
+    """The integral up to x = 1 and the sum."""
+    b = [a * (3 / (m + 3)) for m, a in enumerate(c[1:integrated], 1)]
     rest = behind * behind * _combined(b, _GEGENBAUER_2, x)
     return ahead * ahead * (c[0] * ((1 + behind) / 2) + rest), _combined(c, _GEGENBAUER_1, x)
+
+
+# Of (coefficients, how many are integrated, x, 1 - x, 1 + x): the integral up to rho = 1, the sum.
+_SUMS = {Shape.ODD: _odd, Shape.SMOOTH: _smooth, Shape.KINKED: _kinked}
 
 
 class Sums(NamedTuple):
     """What a table says of pairs.
 
-    pair: nngp, with kinks k1 k2 - nngp, and d_nngp, as `made_together` keeps them. scales: with
-      kinks k1 and k2.
+    pair: k1 k2 - nngp (k1 k2 - |nngp| where `Table.signed`) and d_nngp, as `made_together` keeps
+      them. scales: k1 and k2.
     """
 
     pair: Any
-    scales: tuple[Array, ...]
+    scales: tuple[Array, Array]
 
 
-def _deviation(cov12: Array, side1: Array, side2: Array, gap12: Any, sharp: bool) -> Array:
-    """1 - |cos(theta)|.
-
-    sharp: does rounding of the correlation near 1 matter (where no slope jumps it does not)?
-    """
+def _deviation(cov12: Array, side1: Array, side2: Array, gap12: Any) -> Array:
+    """1 - |cos(theta)|."""
     if gap12 is not None:
         return relative_gap(side1, side2, gap12)
     inverse = reciprocal(safe_sqrt(side1)) * reciprocal(safe_sqrt(side2))
     cosine = jnp.minimum(jnp.abs(cov12) * inverse, 1)
-    return sine_squared(cov12, side1, side2) / (1 + cosine) if sharp else 1 - cosine
+    return sine_squared(cov12, side1, side2) / (1 + cosine)
 
 
-def sums(table: Table, cov12: Array, side1: Array, side2: Array, gap12: Any) -> Sums:
-    """From the tables; larger deviations than are in it count as the largest."""
-    one, two = _features(table, side1), _features(table, side2)
-    signs = jnp.asarray(table.slope.signs, one.slope.dtype)
-    one = one._replace(slope=one.slope * signs.reshape((-1,) + (1,) * side1.ndim))
-    one, two = made_once((one, two), (side1.shape, side2.shape), cov12)
-    c = _coefficients(table.slope, one.slope, two.slope)
-    product = one.sd * two.sd
-    if table.shape in (Shape.BENT, Shape.KINKED):
-        near = opening(_deviation(cov12, side1, side2, gap12, table.carries_gap))
-        negative, far = cov12 < 0, 2 - near
-        x = jnp.where(negative, near - 1, 1 - near)
+def sums(table: Table, both: Any, cov12: Array, side1: Array, side2: Array, gap12: Any) -> Sums:
+    """From the tables; larger deviations than are in it count as the largest.
+
+    both: `features` of both sides.
+    """
+    one, two = (_side(table, found) for found in both)
+    near = _deviation(cov12, side1, side2, gap12)
     if table.shape == Shape.KINKED:
-        ends = jnp.where(negative, far, near), jnp.where(negative, near, far)
-        integral, slope = _kinked(c, x, *ends)
-        scales = one.size[0], two.size[0]
-        apart = sum((a - b) ** 2 for a, b in zip(one.spread, two.spread, strict=True))
-        value = jnp.maximum(product * integral + scales[0] * scales[1] * apart, 0)
-        return Sums(made_together(value, slope), scales)
-    if table.shape != Shape.BENT:
-        inverse = reciprocal(safe_sqrt(side1)) * reciprocal(safe_sqrt(side2))
-        x = jnp.clip(cov12 * inverse, -1, 1)
-    integral, slope = _FROM_ZERO[table.shape](c, x)
-    value = product * integral
-    if len(one.size):
-        value = value + one.size[0] * two.size[0]
+        near = opening(near)
+    x, ends = 1 - near, (near, 2 - near)
+    if not table.signed:
+        negative = cov12 < 0
+        x = jnp.where(negative, -x, x)
+        ends = tuple(jnp.where(negative, b, a) for a, b in (ends, ends[::-1]))
+    integral, slope = _both_sums(table, one, two, x, *ends)
+    scales = one.size, two.size
+    apart = sum((a - b) ** 2 for a, b in zip(one.spread, two.spread, strict=True))
+    value = jnp.maximum(one.sd * two.sd * integral + scales[0] * scales[1] * apart, 0)
     # Of few terms either may be a number.
     value, slope = (jnp.broadcast_to(a, x.shape).astype(x.dtype) for a in (value, slope))
-    return Sums(made_together(value, slope), ())
+    return Sums(made_together(value, slope), scales)
 
 
 # ---- making tables -------------------------------------------------------------------------------
 
 
-def tables_of(fn: Scalar, kinked: bool, bends: bool) -> tuple[Table, ...]:
+def tables_of(fn: Scalar, kinked: bool) -> tuple[Table, ...]:
     """Tables of a function smooth apart from 0, of growing reach; at most two, that hold it.
 
     A function that bends too fast for the long table takes many products, so a short one pays.
 
-    kinked: is it not smooth at 0. bends: does its slope jump there, so that the gap is carried on.
+    kinked: is it not smooth at 0.
 
     Compared with the quadrature between its points: more than a few tolerances off (a function that
     bends fast, or grows fast) and it is left out.
@@ -425,10 +479,7 @@ def tables_of(fn: Scalar, kinked: bool, bends: bool) -> tuple[Table, ...]:
     if not np.isfinite(size):
         return ()
     odd = np.allclose(here, -there, 0, 1e-13 * size)
-    if kinked:
-        shape = Shape.KINKED if bends else Shape.BENT
-    else:
-        shape = Shape.ODD if odd else Shape.SMOOTH
+    shape = Shape.KINKED if kinked else Shape.ODD if odd else Shape.SMOOTH
 
     def made(reach: float) -> tuple[Table, ...]:
         table = _table(evaluate, reach, shape)
@@ -447,24 +498,20 @@ def _holds(table: Table, evaluate: Callable) -> bool:
     exact = _expectations(evaluate, thetas, sd)
 
     basis = chebyshev.chebvander(_node(sd, table.reach), _DEVIATIONS - 1)
-    sides = (basis @ table.slope.rows.T).T * sd ** table.powers[0]
-    size = (basis @ table.size.T).T * sd ** table.powers[1]
-    c = _coefficients(
-        table.slope, (sides.T * table.slope.signs).T[:, None, :, None], sides[:, None, None]
-    )
-    theta, product = thetas[:, None, None], sd[:, None] * sd
+    slopes, spread = (basis @ table.slope.rows.T).T * sd ** table.powers[0], basis @ table.spread.T
+    side = _Side(sd, sizes[0], _repair(table, slopes, sizes[1]), slopes, spread)
+    row = side._replace(repair=side.repair[:, None], slope=slopes[..., None])
+    theta = thetas[:, None, None]
+    negative, near = theta > np.pi / 2, 2 * np.sin(np.minimum(theta, np.pi - theta) / 2) ** 2
     if table.shape == Shape.KINKED:
-        x = 2 * np.sin((np.pi / 2 - theta) / 3)
-        integral, slope = _kinked(c, x, 1 - x, 1 + x)
-        spread = basis @ table.spread.T
-        apart = ((spread[:, None] - spread) ** 2).sum(-1)
-        value = size[0][:, None] * size[0] * (1 - apart) - product * integral
-    else:
-        x = np.cos(theta)
-        if table.shape == Shape.BENT:
-            x = 2 * np.sin((np.pi / 2 - theta) / 3)
-        integral, slope = _FROM_ZERO[table.shape](c, x)
-        value = product * integral + (size[:, :, None] * size[:, None]).sum(0)
+        near = 1 - 2 * np.sin((np.pi / 2 - np.minimum(theta, np.pi - theta)) / 3)
+    turned = negative & (not table.signed)
+    x, ahead = np.where(turned, near - 1, 1 - near), np.where(turned, 2 - near, near)
+    integral, slope = _both_sums(table, row, side, x, ahead, 2 - ahead)
+    apart = ((spread[:, None] - spread) ** 2).sum(-1)
+    value = side.size[:, None] * side.size * (1 - apart) - sd[:, None] * sd * integral
+    if table.signed:
+        value = np.where(negative, -value, value)
     for got, want, own, bound in zip((value, slope), exact, sizes, _HOLDS, strict=True):
         own = np.maximum(own, np.finfo(float).tiny)
         if not np.max(np.abs(got - want) / own[:, None] / own) < bound:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+
 from tangents._infinite.dual.expansion import Expansion
 from tangents._infinite.dual.form import DualKernel
 from tangents._infinite.graph import Node, hyper, node
@@ -41,6 +43,11 @@ class NonlinearityNode(Node):
         # Coefficients of an expansion belong to single positions, which planes repeat.
         return not isinstance(self.kernel, Expansion)
 
+    @property
+    def side_maker(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        prepare = getattr(self.kernel, "prepare", None)
+        return None if prepare is None else jax.tree_util.Partial(prepare)
+
     def gaussian(self, incoming):
         return False
 
@@ -64,7 +71,11 @@ class NonlinearityNode(Node):
         if isinstance(self.kernel, Expansion):
             sides = context.pair(context.variance(1), context.variance(2))
             given = tile.cov12, var1, var2, *sides, tile.gap12
-            dual = self.kernel.from_sides(self.hyper, *given)
+            prepared = context.prepared
+            if prepared is not None:
+                numbers = jax.vmap(context.pair)(*prepared.sides)
+                prepared = prepared._replace(sides=numbers)
+            dual = self.kernel.from_sides(self.hyper, *given, prepared=prepared)
         else:
             dual = self.kernel.dual(self.hyper, tile.cov12, var1, var2, tile.gap12)
         ntk = tile.ntk

@@ -1,0 +1,118 @@
+"""The dual of a function in single precision: by tables, and beyond them by its series."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tangents._core.typing import Array
+from tangents._infinite.barrier import made_once, made_together, taken_apart
+from tangents._infinite.dual import sampled, tabulated
+from tangents._infinite.dual.angle import norm, safe_sqrt
+from tangents._infinite.dual.prepared import Prepared, prepare
+from tangents._infinite.dual.tabulated import Sums, Table
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ByTables:
+    """A function by tables.
+
+    tables: of growing reach, at least one. far: the series whose high terms are sampled, if there
+    is one. series: `(cov12, var1, var2, side1, side2, gap12=None, longest=False)` to `(nngp,
+    d_nngp)`, and longest: are all of its terms to be taken. square: `var -> E[phi^2]`.
+    """
+
+    tables: tuple[Table, ...]
+    far: sampled.Sampled | None
+    series: Callable[..., tuple[Array, Array]]
+    square: Callable[[Array], Array]
+
+    def level(self, side1: Array, side2: Array) -> Array:
+        """Which table reaches; their number: none does."""
+        largest = largest_of(side1, side2)
+        return sum(((largest > t.reach**2).astype(jnp.int32) for t in self.tables), jnp.int32(0))
+
+    def prepare(self, *sides: Array) -> Prepared:
+        """What belongs to one side each, by the table that serves all."""
+        forms = [functools.partial(tabulated.features, table) for table in self.tables]
+        return prepare(forms, self.level(sides[0], sides[-1]), sides)
+
+
+def largest_of(side1: Array, side2: Array) -> Array:
+    """The largest variance."""
+    return jnp.maximum(jnp.max(side1, initial=0), jnp.max(side2, initial=0))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def dual(of: ByTables, prepared: Prepared | None, cov12, var1, var2, side1, side2, *gap12):
+    """Nngp, d_nngp and, if given, the gap: from the first table that reaches, else from the series.
+
+    prepared: of both sides, by `ByTables.prepare`, or None. Derivatives are those of the series.
+    """
+    gap = gap12[0] if gap12 else None
+    signed = of.tables[0].signed
+
+    def tabulated_(table, prepared, cov12, var1, var2, side1, side2, gap):
+        if prepared is None:
+            found = tuple(tabulated.features(table, side) for side in (side1, side2))
+            found = made_once(found, (side1.shape, side2.shape), cov12)
+        else:
+            found = prepared.sides
+        return tabulated.sums(table, found, cov12, side1, side2, gap)
+
+    def summed(prepared, cov12, var1, var2, side1, side2, gap):
+        size = jnp.abs(cov12) if signed else cov12
+        if of.far is not None:
+            near, slope, scales = sampled.sums(of.far, size, side1, side2, gap)
+            return Sums(made_together(near, slope), scales)
+        value, slope = of.series(size, var1, var2, side1, side2, gap, longest=True)
+        scales = safe_sqrt(of.square(side1)), safe_sqrt(of.square(side2))
+        return Sums(made_together(scales[0] * scales[1] - value, slope), scales)
+
+    level = of.level(side1, side2) if prepared is None else prepared.level
+    branches = [*(functools.partial(tabulated_, table) for table in of.tables), summed]
+    args = prepared, cov12, var1, var2, side1, side2, gap
+    pair, scales = jax.lax.switch(level, branches, *args)
+    near, slope = taken_apart(pair)
+    scale = scales[0] * scales[1]
+    nngp = scale - near
+    gap = jnp.maximum(jnp.where(nngp < 0, scale + nngp, near), 0)
+    if signed:
+        nngp = jnp.where(cov12 < 0, -nngp, nngp)
+    return (nngp, slope, gap) if gap12 else (nngp, slope)
+
+
+@dual.defjvp
+def _dual_jvp(of, primals, tangents):
+    prepared, *primals = primals
+    tangents = tangents[1:]
+
+    def near(cov12, var1, var2, side1, side2, *gap12):
+        nngp, slope = of.series(cov12, var1, var2, side1, side2, *gap12)
+        if not gap12:
+            return nngp, slope
+        return nngp, slope, norm(of.square(side1), of.square(side2)) - jnp.abs(nngp)
+
+    def beyond(cov12, var1, var2, side1, side2, *gap12):
+        gap = gap12[0] if gap12 else None
+        lost, slope, scales = sampled.sums(of.far, cov12, side1, side2, gap, carried=False)
+        nngp = scales[0] * scales[1] - lost
+        if not gap12:
+            return nngp, slope
+        return nngp, slope, jnp.where(nngp < 0, scales[0] * scales[1] + nngp, lost)
+
+    def change(values: Callable, primals: Any, tangents: Any) -> Any:
+        return jax.jvp(values, primals, tangents)[1]
+
+    primals = tuple(primals)
+    out = dual(of, prepared, *primals)
+    if of.far is None:
+        return out, change(near, primals, tangents)
+    reached = largest_of(*primals[3:5]) <= of.tables[-1].reach ** 2
+    branches = (functools.partial(change, values) for values in (near, beyond))
+    return out, jax.lax.cond(reached, *branches, primals, tangents)
