@@ -126,18 +126,46 @@ def own_pairs(network: Network, x: jax.Array, stop: int, want_ntk: bool) -> Any:
     return tapes, tile
 
 
-def other_pairs(network: Network, tapes1: list, tapes2: list, x2: jax.Array, pairs: Pairs) -> Tile:
-    """A group of pairs through all segments."""
+def other_pairs(
+    network: Network, tapes1: list, tapes2: list, x2: jax.Array, pairs: Pairs, kept: list
+) -> Tile:
+    """A group of pairs through all segments.
+
+    kept: entries of all examples for the segments behind those that have tapes. The pairs (a, a) of
+    the group fill in theirs, which are replaced in the list, before the group reads them.
+    """
     a, b = jnp.take(network.x1, pairs.first, axis=0), jnp.take(x2, pairs.second, axis=0)
     source = _from_inputs(network, a, b, network.want_ntk)
     tile: Any = None
     for g, segment in enumerate(network.cut):
+        dims = len(segment.before.spatial)
         if g:
-            source = _from_planes(tile, len(segment.before.spatial))
-        tape1 = tapes1[g] if g < len(tapes1) else _silent(network, g)
-        tape2 = tapes2[g] if g < len(tapes2) else tape1
+            source = _from_planes(tile, dims)
+        if g < len(tapes1):
+            tape1, tape2 = tapes1[g], tapes2[g]
+        elif g < len(tapes1) + len(kept):
+            axes = axes_of(segment, network.moduli[g], pairs.size)
+            tape1 = tape2 = record(segment, diagonal(tile, dims), axes, network.carries)
+            place = g - len(tapes1)
+            tape1.entries = kept[place] = _filled(kept[place], tape1.entries, pairs)
+        else:
+            tape1 = tape2 = _silent(network, g)
         tile = through(segment, network.moduli[g], source, tape1, tape2, pairs, network.carries)
     return tile
+
+
+def _filled(kept: list, entries: list, pairs: Pairs) -> list:
+    """Entries of all examples with those of the pairs (a, a) of a group in their places.
+
+    Of other pairs the entries are nonsense, may be NaN, and are dropped.
+    """
+
+    def fill(all_of_them, some, axis):
+        n = all_of_them.shape[axis]
+        places = (slice(None),) * axis + (jnp.where(pairs.same, pairs.first, n),)
+        return all_of_them.at[places].set(some, mode="drop")
+
+    return jax.tree.map(fill, kept, entries, map_sides(lambda a, axis: axis, entries))
 
 
 def _silent(network: Network, g: int) -> Tape:
@@ -316,59 +344,145 @@ def compute_segments(network: Network, same: Any, want_sides: bool) -> tuple[Til
 
     same: None, or `(numbers of x1, numbers of x2, are the inputs equal)`.
     """
+    if network.x2 is None and not network.cut[0].only_equal():
+        line, place = _line_of_one_batch(network), _places(network.x1.shape[0])
+        tile = each_array(lambda a: jnp.take(a, place), line)
+        return tile, line.cov12[: len(place)] if want_sides else None, None
+    stop = len(network.cut) if want_sides else network.reads
+    tapes1, tapes2, *sides = _both_sides(network, stop)
+    if network.cut[0].only_equal():
+        return compute_rectangles(network, same, tapes1, tapes2, network.block), *sides
+    n1, n2 = network.x1.shape[0], network.x2.shape[0]  # pyright: ignore[reportOptionalMemberAccess]
+    i, j = (a.ravel() for a in np.meshgrid(np.arange(n1), np.arange(n2), indexing="ij"))
+
+    def known(first, second):
+        return same and same[2] & (jnp.take(same[0], first) == jnp.take(same[1], second))
+
+    tile = _line_of_pairs(network, tapes1, tapes2, i, j, known)
+    return each_array(lambda a: a.reshape((n1, n2)), tile), *sides
+
+
+def _both_sides(network: Network, stop: int) -> tuple[list, list, Any, Any]:
+    """`(tapes of x1, of x2, variances of x1, of x2)`; the latter where they pass all segments."""
     x1, x2 = network.x1, network.x2
-    whole, n1 = len(network.cut), network.x1.shape[0]
-    symmetric = x2 is None
-    equal_only = network.cut[0].only_equal()
-    # Where variances need no walk over planes, the pairs (a, a) go with the others: the program is
-    # half as long. Elsewhere they have to go first, and would be computed twice.
-    together = symmetric and not equal_only and not want_sides and network.reads <= 1
-    own = symmetric and not equal_only and not together
-    stop = whole if own or want_sides else network.reads
-    tapes1, own1 = _own(network, x1, stop, own and network.want_ntk)
-    tapes2, own2 = tapes1, own1
-    if x2 is not None:
-        tapes2, own2 = _own(network, x2, stop, False)
-        i, j = (a.ravel() for a in np.meshgrid(*map(np.arange, (n1, x2.shape[0])), indexing="ij"))
-    else:
-        i, j = np.triu_indices(n1, 0 if together else 1)
-    if equal_only:
-        tile = compute_rectangles(network, same, tapes1, tapes2, network.block)
-        sides = [None if own is None else own.cov12 for own in (own1, own2)]
-        return tile, sides[0], None if symmetric else sides[1]
-    n2 = n1 if x2 is None else x2.shape[0]
+    if x2 is None:
+        tapes, own = _own(network, x1, stop, False)
+        return tapes, tapes, None if own is None else own.cov12, None
+    n1 = x1.shape[0]
+    # As one batch: the program of the pairs (a, a) is compiled once.
+    tapes, own = _own(network, jnp.concatenate([x1, x2]), stop, False)
+    out = []
+    for start, end in ((0, n1), (n1, n1 + x2.shape[0])):
+        part = []
+        for tape in tapes:
+            one = Tape(tape.keep)
+            one.entries = map_sides(
+                lambda a, axis, start=start, end=end: lax.slice_in_dim(a, start, end, axis=axis),
+                tape.entries,
+            )
+            one.scales = tape.scales
+            part.append(one)
+        out.append(part)
+    sides = [None, None] if own is None else [own.cov12[:n1], own.cov12[n1:]]
+    return (*out, *sides)
+
+
+def _line_of_pairs(
+    network: Network, tapes1: list, tapes2: list, i: np.ndarray, j: np.ndarray, known: Any
+) -> Tile:
+    """Pairs (i, j) in groups: arrays `(pairs,)`. known: which are one example, of their numbers."""
 
     @jax.checkpoint
     def one(group):
         first, second = group
-        known = first == second if together else None
-        if same is not None and not symmetric:
-            known = same[2] & (jnp.take(same[0], first) == jnp.take(same[1], second))
-        pairs = Pairs(first, second, first.shape[0], known)
-        return other_pairs(network, tapes1, tapes2, x1 if x2 is None else x2, pairs)
+        pairs = Pairs(first, second, first.shape[0], known(first, second))
+        x2 = network.x1 if network.x2 is None else network.x2
+        return other_pairs(network, tapes1, tapes2, x2, pairs, [])
 
-    tile = None
-    if len(i):
-        groups = _groups(len(i), min(network.group, len(i)))
-        parts = lax.map(one, (jnp.asarray(i[groups]), jnp.asarray(j[groups])))
-        tile = Tile(*(_line(a, len(i)) for a in parts))
+    groups = _groups(len(i), min(network.group, len(i)))
+    parts = lax.map(one, (jnp.asarray(i[groups]), jnp.asarray(j[groups])))
+    return Tile(*(_line(a, len(i)) for a in parts))
 
-    def matrix(a, own):
-        if (a if own is None else own).ndim == 0:
-            return a if own is None else own
-        out = jnp.zeros((n1, n2), x1.dtype)
-        if a is not None:
-            out = out.at[i, j].set(a)
-        if symmetric and a is not None:
-            out = out.at[j, i].set(a)
-        return out if own is None else out.at[np.arange(n1), np.arange(n1)].set(own)
 
-    cov12 = matrix(tile and tile.cov12, own1.cov12 if own else None)
-    ntk = None
-    if network.want_ntk:
-        ntk = matrix(tile and tile.ntk, own1.ntk if own else None)
-    sides = [None if side is None else side.cov12 for side in (own1, own2)]
-    return Tile(cov12, ntk), sides[0], None if symmetric else sides[1]
+def _line_of_one_batch(network: Network) -> Tile:
+    """The pairs `_upper` of one batch, `(pairs,)`."""
+    if network.reads <= 1:
+        return one_loop(network)
+    layers = [(segment.nodes, segment.close) for segment in network.cut]
+
+    def rebuilt(layers, x1):
+        cut = [
+            dataclasses.replace(segment, nodes=nodes, close=close)
+            for segment, (nodes, close) in zip(network.cut, layers, strict=True)
+        ]
+        return dataclasses.replace(network, cut=cut, x1=x1)
+
+    # The one loop hands the tapes from step to step, and its reverse would keep those of each.
+    forward = jax.custom_jvp(lambda *given: one_loop(rebuilt(*given)))
+    forward.defjvp(lambda *given: jax.jvp(lambda *args: two_loops(rebuilt(*args)), *given))
+    return forward(layers, network.x1)
+
+
+def _places(n: int) -> np.ndarray:
+    """Where the pair (i, j) or (j, i) stands in `_upper`, `(n, n)`."""
+    i, j = _upper(n)
+    place = np.zeros((n, n), int)
+    place[i, j] = place[j, i] = np.arange(len(i))
+    return place
+
+
+def _upper(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs on and above the diagonal, (a, a) first."""
+    i, j = np.triu_indices(n, 1)
+    return np.concatenate([np.arange(n), i]), np.concatenate([np.arange(n), j])
+
+
+def one_loop(network: Network) -> Tile:
+    """The pairs `_upper` of one batch in the order they stand in, as one loop.
+
+    The variances before the first segment are those of the inputs. Of the later ones they are what
+    the pairs (a, a) make of them: these come first, and leave their tapes in buffers.
+    """
+    x, reads = network.x1, network.reads
+    tapes, _ = _own(network, x, min(reads, 1), False)
+    i, j = _upper(x.shape[0])
+    if reads <= 1:
+        return _line_of_pairs(network, tapes, tapes, i, j, jnp.equal)
+
+    def step(kept, group):
+        first, second = group
+        pairs = Pairs(first, second, first.shape[0], first == second)
+        kept = list(kept)
+        return kept, other_pairs(network, tapes, tapes, x, pairs, kept)
+
+    kept = [_empty(network, g) for g in range(1, reads)]
+    groups = _groups(len(i), min(network.group, len(i)))
+    _, parts = lax.scan(step, kept, (jnp.asarray(i[groups]), jnp.asarray(j[groups])))
+    return Tile(*(_line(a, len(i)) for a in parts))
+
+
+def _empty(network: Network, g: int) -> list:
+    """Entries of a segment's tape for all examples, zeros."""
+    segment, x = network.cut[g], network.x1
+    axes = axes_of(segment, network.moduli[g], 1)
+
+    def entries(variance):
+        return record(segment, variance, axes, network.carries).entries
+
+    shapes = jax.eval_shape(entries, jnp.zeros((x.shape[0], *segment.before.spatial), x.dtype))
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+
+def two_loops(network: Network) -> Tile:
+    """`one_loop`, the pairs (a, a) before all others: what is differentiated."""
+    x, n = network.x1, network.x1.shape[0]
+    tapes, own = _own(network, x, len(network.cut), network.want_ntk)
+    if n == 1:
+        return own
+    i, j = (a[n:] for a in _upper(n))
+    rest = _line_of_pairs(network, tapes, tapes, i, j, lambda first, second: None)
+    pairs = zip(own, rest, strict=True)
+    return Tile(*(a if a is None or a.ndim == 0 else jnp.concatenate([a, b]) for a, b in pairs))
 
 
 def _line(a: Any, n: int) -> Any:
