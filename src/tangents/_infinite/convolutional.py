@@ -7,6 +7,7 @@ rectangles, a block of examples of x1 against a block of x2, with variances as s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from jax import lax
 from tangents._infinite.barrier import keep_apart
 from tangents._infinite.blocks import grid
 from tangents._infinite.dual.angle import reciprocal, safe_sqrt
+from tangents._infinite.dual.single_precision import is_single
 from tangents._infinite.execute import run
 from tangents._infinite.planes import LOOP, ZERO, Axis, Planes, arrange, at_offset
 from tangents._infinite.segments import (
@@ -37,7 +39,10 @@ from tangents._infinite.tile import Layout, Need, Tile, add_up
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A cut network with what is asked of it. x1, x2: `(N, *spatial, channels)`; x2 None: x1."""
+    """A cut network with what is asked of it. x1, x2: `(N, *spatial, channels)`; x2 None: x1.
+
+    forward: are values alone computed, no derivatives.
+    """
 
     cut: list[Segment]
     moduli: list[tuple[int, ...]]
@@ -47,11 +52,19 @@ class Network:
     x2: jax.Array | None
     group: int
     block: tuple[int, int] = (1, 32)
+    forward: bool = False
 
     @property
     def carries(self) -> bool:
         """Is the angular gap carried, which no pooling lets through?"""
         return self.want_gap and self.cut[0].only_equal()
+
+    def record(self, g: int, variance: jax.Array) -> Tape:
+        """The tape of a segment, from the variances `(n, *spatial)` before it."""
+        segment = self.cut[g]
+        axes = axes_of(segment, self.moduli[g], variance.shape[0])
+        roots = self.forward and is_single(variance) and segment.reads_norm()
+        return record(segment, variance, axes, self.carries, roots)
 
     @property
     def reads(self) -> int:
@@ -71,15 +84,16 @@ def _from_inputs(network: Network, x1: jax.Array, x2: jax.Array, want_ntk: bool)
         cov12 = jnp.moveaxis(jnp.sum(x1 * x2, -1), 0, -1) / channels
         gap12 = jnp.zeros_like(cov12) if network.carries else None
         return lambda axes, offset: Tile(cov12, ntk, gap12)
-    each1 = [arrange(x1[..., c], axes, 1) for c in range(channels)]
-    each2 = [arrange(x2[..., c], axes, 2) for c in range(channels)]
+    each1, each2 = (
+        jax.vmap(lambda a, side=side: arrange(a, axes, side), -1)(x)
+        for side, x in ((1, x1), (2, x2))
+    )
 
     def source(axes, offset):
-        def second(b):
-            return b if offset is None else at_offset(b, offset, axes[0].scale, axes[0].modulus)
-
-        products = (a * second(b) for a, b in zip(each1, each2, strict=True))
-        return Tile(add_up(products) / channels, ntk)
+        second = each2
+        if offset is not None:
+            second = at_offset(each2, offset, axes[0].scale, axes[0].modulus, axis=1)
+        return Tile(add_up(a * b for a, b in zip(each1, second, strict=True)) / channels, ntk)
 
     return source
 
@@ -117,8 +131,7 @@ def own_pairs(network: Network, x: jax.Array, stop: int, want_ntk: bool) -> Any:
         else:
             dims = len(segment.before.spatial)
             variance, source = diagonal(tile, dims), _from_planes(tile, dims)
-        axes = axes_of(segment, modulus, n)
-        tape = record(segment, variance, axes, network.carries)
+        tape = network.record(g, variance)
         tapes.append(tape)
         if g == stop - 1 and stop < len(network.cut):
             return tapes, None  # nothing reads what is behind
@@ -134,7 +147,8 @@ def other_pairs(
     kept: entries of all examples for the segments behind those that have tapes. The pairs (a, a) of
     the group fill in theirs, which are replaced in the list, before the group reads them.
     """
-    a, b = jnp.take(network.x1, pairs.first, axis=0), jnp.take(x2, pairs.second, axis=0)
+    a = jnp.take(network.x1, pairs.first, axis=0, mode="clip")
+    b = jnp.take(x2, pairs.second, axis=0, mode="clip")
     source = _from_inputs(network, a, b, network.want_ntk)
     tile: Any = None
     for g, segment in enumerate(network.cut):
@@ -144,8 +158,7 @@ def other_pairs(
         if g < len(tapes1):
             tape1, tape2 = tapes1[g], tapes2[g]
         elif g < len(tapes1) + len(kept):
-            axes = axes_of(segment, network.moduli[g], pairs.size)
-            tape1 = tape2 = record(segment, diagonal(tile, dims), axes, network.carries)
+            tape1 = tape2 = network.record(g, diagonal(tile, dims))
             place = g - len(tapes1)
             tape1.entries = kept[place] = _filled(kept[place], tape1.entries, pairs)
         else:
@@ -171,9 +184,8 @@ def _filled(kept: list, entries: list, pairs: Pairs) -> list:
 def _silent(network: Network, g: int) -> Tape:
     """The tape of a segment whose layers read nothing."""
     segment = network.cut[g]
-    axes = axes_of(segment, network.moduli[g], 1)
     variance = jnp.zeros((1, *segment.before.spatial), network.x1.dtype)
-    tape = record(segment, variance, axes, False)
+    tape = network.record(g, variance)
     tape.entries = jax.tree.map(lambda a: None, tape.entries)
     return tape
 
@@ -187,12 +199,12 @@ def _groups(n: int, size: int) -> np.ndarray:
 def _own(network: Network, x: jax.Array, stop: int, want_ntk: bool) -> Any:
     """`own_pairs` of all examples, in groups."""
     groups = _groups(x.shape[0], min(network.group, x.shape[0]))
-    scales = []
+    recorded = []
 
     @jax.checkpoint
     def one(index):
         tapes, tile = own_pairs(network, jnp.take(x, index, axis=0), stop, want_ntk)
-        scales[:] = [t.scales for t in tapes]
+        recorded[:] = [tape.holding(None) for tape in tapes]
         return [t.entries for t in tapes], tile
 
     stacked, tile = lax.map(one, jnp.asarray(groups))
@@ -203,11 +215,10 @@ def _own(network: Network, x: jax.Array, stop: int, want_ntk: bool) -> Any:
         a = a.reshape((*a.shape[:axis], -1, *a.shape[axis + 2 :]))
         return lax.slice_in_dim(a, 0, n, axis=axis)
 
-    tapes = []
-    for entries, scale in zip(stacked, scales, strict=True):
-        tape = Tape(network.carries)
-        tape.entries, tape.scales = map_sides(join, entries), scale
-        tapes.append(tape)
+    tapes = [
+        tape.holding(map_sides(join, entries))
+        for entries, tape in zip(stacked, recorded, strict=True)
+    ]
     if tile is not None:
         tile = Tile(*(a if a is None else join(a, 0) if a.ndim == 2 else a[0] for a in tile))
     return tapes, tile
@@ -344,47 +355,66 @@ def compute_segments(network: Network, same: Any, want_sides: bool) -> tuple[Til
 
     same: None, or `(numbers of x1, numbers of x2, are the inputs equal)`.
     """
-    if network.x2 is None and not network.cut[0].only_equal():
-        line, place = _line_of_one_batch(network), _places(network.x1.shape[0])
-        tile = each_array(lambda a: jnp.take(a, place), line)
-        return tile, line.cov12[: len(place)] if want_sides else None, None
-    stop = len(network.cut) if want_sides else network.reads
-    tapes1, tapes2, *sides = _both_sides(network, stop)
     if network.cut[0].only_equal():
+        tapes1, tapes2, *sides = _both_sides(network, want_sides)
         return compute_rectangles(network, same, tapes1, tapes2, network.block), *sides
-    n1, n2 = network.x1.shape[0], network.x2.shape[0]  # pyright: ignore[reportOptionalMemberAccess]
+    layers = [(segment.nodes, segment.close) for segment in network.cut]
+
+    def compute(forward, layers, x1, x2, same):
+        cut = [
+            dataclasses.replace(segment, nodes=nodes, close=close)
+            for segment, (nodes, close) in zip(network.cut, layers, strict=True)
+        ]
+        return _by_planes(
+            dataclasses.replace(network, cut=cut, x1=x1, x2=x2, forward=forward), same, want_sides
+        )
+
+    # Values alone are cheaper in ways that have no derivatives, or none in little memory.
+    value = jax.custom_jvp(functools.partial(compute, True))
+    value.defjvp(functools.partial(jax.jvp, functools.partial(compute, False)))
+    return value(layers, network.x1, network.x2, same)
+
+
+def _by_planes(network: Network, same: Any, want_sides: bool) -> tuple[Tile, Any, Any]:
+    n1 = network.x1.shape[0]
+    if network.x2 is None:
+        one = network.forward or network.reads <= 1
+        line, place = one_loop(network) if one else two_loops(network), _places(n1)
+        square = each_array(lambda a: jnp.take(a, jnp.asarray(place)), line)
+        return square, line.cov12[:n1] if want_sides else None, None
+    n2 = network.x2.shape[0]
+    tapes1, tapes2, *sides = _both_sides(network, want_sides)
     i, j = (a.ravel() for a in np.meshgrid(np.arange(n1), np.arange(n2), indexing="ij"))
 
     def known(first, second):
-        return same and same[2] & (jnp.take(same[0], first) == jnp.take(same[1], second))
+        if same is None:
+            return None
+        return same[2] & (jnp.take(same[0], first) == jnp.take(same[1], second))
 
-    tile = _line_of_pairs(network, tapes1, tapes2, i, j, known)
-    return each_array(lambda a: a.reshape((n1, n2)), tile), *sides
+    line = _line_of_pairs(network, tapes1, tapes2, i, j, known)
+    return each_array(lambda a: a.reshape((n1, n2)), line), *sides
 
 
-def _both_sides(network: Network, stop: int) -> tuple[list, list, Any, Any]:
-    """`(tapes of x1, of x2, variances of x1, of x2)`; the latter where they pass all segments."""
+def _both_sides(network: Network, want_sides: bool) -> tuple[list, list, Any, Any]:
+    """`(tapes of x1, of x2, variances of x1, of x2)`, the latter at the output, if wanted."""
     x1, x2 = network.x1, network.x2
-    if x2 is None:
-        tapes, own = _own(network, x1, stop, False)
-        return tapes, tapes, None if own is None else own.cov12, None
-    n1 = x1.shape[0]
+    n1, stop = x1.shape[0], len(network.cut) if want_sides else network.reads
     # As one batch: the program of the pairs (a, a) is compiled once.
-    tapes, own = _own(network, jnp.concatenate([x1, x2]), stop, False)
-    out = []
-    for start, end in ((0, n1), (n1, n1 + x2.shape[0])):
-        part = []
-        for tape in tapes:
-            one = Tape(tape.keep)
-            one.entries = map_sides(
-                lambda a, axis, start=start, end=end: lax.slice_in_dim(a, start, end, axis=axis),
-                tape.entries,
-            )
-            one.scales = tape.scales
-            part.append(one)
-        out.append(part)
-    sides = [None, None] if own is None else [own.cov12[:n1], own.cov12[n1:]]
-    return (*out, *sides)
+    both = x1 if x2 is None else jnp.concatenate([x1, x2])
+    tapes, own = _own(network, both, stop, False)
+    sides = None if own is None else own.cov12
+    if x2 is None:
+        return tapes, tapes, sides, None
+
+    def some(start, end):
+        def cut(a, axis):
+            return lax.slice_in_dim(a, start, end, axis=axis)
+
+        kept = [tape.holding(map_sides(cut, tape.entries)) for tape in tapes]
+        return kept, None if sides is None else sides[start:end]
+
+    (tapes1, side1), (tapes2, side2) = some(0, n1), some(n1, both.shape[0])
+    return tapes1, tapes2, side1, side2
 
 
 def _line_of_pairs(
@@ -402,25 +432,6 @@ def _line_of_pairs(
     groups = _groups(len(i), min(network.group, len(i)))
     parts = lax.map(one, (jnp.asarray(i[groups]), jnp.asarray(j[groups])))
     return Tile(*(_line(a, len(i)) for a in parts))
-
-
-def _line_of_one_batch(network: Network) -> Tile:
-    """The pairs `_upper` of one batch, `(pairs,)`."""
-    if network.reads <= 1:
-        return one_loop(network)
-    layers = [(segment.nodes, segment.close) for segment in network.cut]
-
-    def rebuilt(layers, x1):
-        cut = [
-            dataclasses.replace(segment, nodes=nodes, close=close)
-            for segment, (nodes, close) in zip(network.cut, layers, strict=True)
-        ]
-        return dataclasses.replace(network, cut=cut, x1=x1)
-
-    # The one loop hands the tapes from step to step, and its reverse would keep those of each.
-    forward = jax.custom_jvp(lambda *given: one_loop(rebuilt(*given)))
-    forward.defjvp(lambda *given: jax.jvp(lambda *args: two_loops(rebuilt(*args)), *given))
-    return forward(layers, network.x1)
 
 
 def _places(n: int) -> np.ndarray:
@@ -463,13 +474,8 @@ def one_loop(network: Network) -> Tile:
 
 def _empty(network: Network, g: int) -> list:
     """Entries of a segment's tape for all examples, zeros."""
-    segment, x = network.cut[g], network.x1
-    axes = axes_of(segment, network.moduli[g], 1)
-
-    def entries(variance):
-        return record(segment, variance, axes, network.carries).entries
-
-    shapes = jax.eval_shape(entries, jnp.zeros((x.shape[0], *segment.before.spatial), x.dtype))
+    variance = jnp.zeros((network.x1.shape[0], *network.cut[g].before.spatial), network.x1.dtype)
+    shapes = jax.eval_shape(lambda v: network.record(g, v).entries, variance)
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
 
 

@@ -275,7 +275,8 @@ def _pin(node: Node, context: Context, tile: Tile) -> Tile:
     var1, var2 = context.variances
     cov12, gap12 = tile.cov12, tile.gap12
     if gap12 is None and _makes_gap(node, tile):
-        gap12 = jnp.maximum(norm(var1, var2) - jnp.abs(cov12), 0)
+        s = norm(var1, var2) if context.norm is None else context.norm
+        gap12 = jnp.maximum(s - jnp.abs(cov12), 0)
     if same is not None:
         cov12 = in_value(same, var1, cov12)
         gap12 = None if gap12 is None else jnp.where(same, jnp.zeros((), gap12.dtype), gap12)
@@ -350,7 +351,9 @@ def _layer_program(node: Node, state: Any, need: Need, patterns: tuple[Any, Any]
     same number for everybody who reads it: fused across layers, XLA on CPU recomputes it in each
     reader with other roundings, which costs ReLU kernels half of their digits at equal inputs.
     """
-    return _barrier(fit(step(node, state, need, patterns), need))
+    after = fit(step(node, state, need, patterns), need)
+    # Variances that a layer multiplies by a number may as well be multiplied by their readers.
+    return after if node.reads_norm and state.tile is None else _barrier(after)
 
 
 def _barrier(state: Any) -> Any:

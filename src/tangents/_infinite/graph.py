@@ -107,6 +107,7 @@ class Node:
     kernel_warning: str | None = None  # what every call of kernel_fn warns of
     plane_wise: bool = False  # the rule keeps the difference of positions (see `planes.py`)
     side_maker: Any = None  # Partial(var1, var2) -> Prepared: what the rule reads of one side each
+    reads_norm: bool = False  # of variances the rule reads sqrt(var1 var2) (`Context.norm`)
     closes_planes: str = ""  # how it mixes them: windows, everything; flatten: takes equal ones
 
     # ---- shapes and static description -------------------------------------------------------
@@ -175,6 +176,10 @@ class Node:
     def plane_strides(self, signal: Any) -> tuple[int, ...]:
         """Steps along the spatial axes of a `plane_wise` layer."""
         return (1,) * len(signal.spatial)
+
+    def plane_windows(self, signal: Any) -> list:
+        """Windows along the spatial axes of a `plane_wise` layer; none if it has none."""
+        return []
 
     def input_axes(self) -> Any:
         """`(batch_axis, channel_axis)` this node reads its input by; `None` = it does not care.

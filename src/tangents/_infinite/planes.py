@@ -23,15 +23,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from tangents._infinite.layers.window import Window, extended, extended_all, taps
+from tangents._infinite.barrier import keep_apart
+from tangents._infinite.layers.window import Window, extend, extended, extended_all, taps
 
 ZERO, LOOP, ALL = "zero", "loop", "all"
 """Which offsets of an axis an array holds: 0 alone, one traced offset, all M of them."""
@@ -65,12 +66,16 @@ class Planes:
     """Which offsets a tile holds; `offset`: the plane of the looped axis. pairs: of examples.
 
     same: boolean (Q,), entries of an example with itself at one position; or None.
+    roots: are the sides square roots of variances. inside: what `looped_insides` gives for the
+    windows of the layers.
     """
 
     axes: tuple[Axis, ...]
     pairs: int
     offset: Any = None
     same: Any = None
+    roots: bool = False
+    inside: Any = dataclasses.field(default_factory=dict)
 
     def replace(self, **changes: Any) -> Planes:
         """A copy with some fields changed."""
@@ -104,12 +109,41 @@ class Planes:
 
 jax.tree_util.register_pytree_node(
     Planes,
-    lambda p: ((p.offset, p.same), (p.axes, p.pairs)),
-    lambda aux, children: Planes(aux[0], aux[1], *children),
+    lambda p: ((p.offset, p.same, p.inside), (p.axes, p.pairs, p.roots)),
+    lambda aux, children: Planes(*aux[:2], *children[:2], aux[2], children[2]),
 )
 
 
-def _second_inside(planes: Planes, k: int, n: int, n_out: int, w: Window) -> list[Any]:
+Passed = tuple[int, int, Window]
+"""A window along an axis: number of positions before it, scale of the planes behind it."""
+
+
+def _inside(axis: Axis, n: int, w: Window) -> np.ndarray:
+    """`(planes, taps, output positions)`: is the second position inside the input?
+
+    axis: behind the window. n: positions before it.
+    """
+    o = np.arange(w.out_size(n))
+    second = (o + axis.scale * np.arange(axis.planes)[:, None]) % axis.modulus
+    read = second[:, None] * w.stride + (np.arange(w.size) - w.lo)[:, None]
+    return (read >= 0) & (read < n)
+
+
+def looped_insides(axis: Axis, passed: Iterable[Passed], offset: Any, dtype: Any) -> dict:
+    """`(taps, output positions)` at one offset of a looped axis: 0 where nothing is read.
+
+    Looked up once and written, so that layers of equal shapes are equal kernels, compiled once.
+    """
+    out = {}
+    for n, scale, w in sorted(set(passed)):
+        table = _inside(dataclasses.replace(axis, scale=scale), n, w)
+        if not w.wrap and not table.all():
+            picked = lax.dynamic_index_in_dim(jnp.asarray(table, dtype), offset, 0, False)
+            out[n, scale, w] = picked
+    return keep_apart(out) if out else out
+
+
+def _second_inside(planes: Planes, k: int, n: int, w: Window, dtype: Any) -> list[Any]:
     """For each tap: is the second position inside the input? `None` where it always is.
 
     planes: those after the window.
@@ -117,18 +151,16 @@ def _second_inside(planes: Planes, k: int, n: int, n_out: int, w: Window) -> lis
     axis = planes.axes[k]
     if axis.mode == ZERO or w.wrap:
         return [None] * w.size
-    o = np.arange(n_out)[:, None]
-    offsets = axis.scale * (np.arange(axis.planes)[None] if axis.mode == ALL else planes.offset)
-    second = (o + offsets) % axis.modulus
-    out = []
-    for t in range(w.size):
-        read = second * w.stride + (t - w.lo)
-        inside = (read >= 0) & (read < n)
-        if isinstance(inside, np.ndarray) and inside.all():
-            out.append(None)
-        else:
-            out.append(planes.spread(inside, k))
-    return out
+    if axis.mode == LOOP:
+        found = planes.inside.get((n, axis.scale, w))
+        if found is None:
+            return [None] * w.size
+        return [planes.spread(found[t][:, None], k) for t in range(w.size)]
+    table = _inside(axis, n, w)
+    return [
+        None if table[:, t].all() else planes.spread(table[:, t].T.astype(dtype), k)
+        for t in range(w.size)
+    ]
 
 
 def window_sum_planes(a: jax.Array, after: Planes, ws: Sequence[Window]) -> jax.Array:
@@ -138,38 +170,65 @@ def window_sum_planes(a: jax.Array, after: Planes, ws: Sequence[Window]) -> jax.
     for k, w in enumerate(ws):
         n = sizes[k]
         parts = taps(a, k, w)
-        inside = _second_inside(after, k, n, parts[0].shape[k], w)
+        inside = _second_inside(after, k, n, w, a.dtype)
         total = None
         for part, mask in zip(parts, inside, strict=True):
             if mask is not None:
-                part = part * jnp.asarray(mask, a.dtype)
+                part = part * mask
             total = part if total is None else total + part
         a = total  # pyright: ignore[reportAssignmentType]
     return a
 
 
-def pool_axis(
-    a: jax.Array, k: int, offsets_axis: int, n: int, modulus: int, w: Window
-) -> jax.Array:
-    """Sum over windows of both positions along one axis; all M offsets are at hand.
+class Pooled(NamedTuple):
+    """An axis to pool: place of its positions and offsets, numbers of them, and the window."""
 
-    a: positions on axis k, offsets on `offsets_axis`, apart. out[d, o] = sum over taps t, u of
-    K[(s d + u - t) mod M, o s + t - lo].
+    positions: int
+    offsets: int
+    n: int
+    modulus: int
+    window: Window
+
+
+def pool(a: jax.Array, axes: Sequence[Pooled], written: bool) -> jax.Array:
+    """Sum over windows of both positions along some axes; all M offsets are at hand.
+
+    Along one, out[d, o] = sum over taps t, u of K[(s d + u - t) mod M, o s + t - lo].
+    written: is the array extended along all of the axes, positions and offsets, in one copy. These
+    are the fewest kernels to compile; inside a loop over the planes of another axis they are slow.
     """
+    for axis in axes if written else ():
+        around = [(0, 0)] * a.ndim
+        around[axis.offsets] = (axis.window.size - 1, max(axis.window.size - axis.window.stride, 0))
+        a = jnp.pad(extend(a, axis.positions, axis.window), around, mode="wrap")
+    a = lax.optimization_barrier(a)
+    for axis in axes:
+        a = _pool_axis(a, axis, written)
+    return a
+
+
+def _pool_axis(a: jax.Array, axis: Pooled, written: bool) -> jax.Array:
+    k, place, n, modulus, w = axis
     s = w.stride
-    parts = taps(extended(a, k, w), k, w)
+    parts = taps(a if written else extended(a, k, w), k, w)
     n_out = parts[0].shape[k]
     o, d = np.arange(n_out)[:, None], np.arange(modulus // s)[None]
     second = ((o + d) % (modulus // s)) * s - w.lo
     total = None
     for t, part in enumerate(parts):
         for u in range(w.size):
-            moved = jnp.roll(part, t - u, offsets_axis) if t != u else part
-            moved = lax.slice_in_dim(moved, 0, None, s, offsets_axis)
+            # Every s-th plane from u - t on, around the torus that they are.
+            if written:
+                first = w.size - 1 + u - t
+                moved = lax.slice_in_dim(part, first, first + modulus - s + 1, s, place)
+            else:
+                turns, first = divmod(u - t, s)
+                moved = lax.slice_in_dim(part, first, None, s, place)
+                moved = jnp.roll(moved, -turns, place) if turns else moved
             inside = (second + u >= 0) & (second + u < n)
             if not inside.all() and not w.wrap:
                 shape = [1] * moved.ndim
-                shape[k], shape[offsets_axis] = inside.shape
+                shape[k], shape[place] = inside.shape
                 moved = moved * jnp.asarray(inside.reshape(shape), a.dtype)
             total = moved if total is None else total + moved
     return total  # pyright: ignore[reportReturnType]
@@ -190,11 +249,12 @@ def shifted(a: jax.Array, k: int, axis: Axis, n: int) -> jax.Array:
         return jnp.expand_dims(a, -2)
     beyond = [(0, 0)] * a.ndim
     beyond[k] = (0, axis.modulus - n)
-    twice = jnp.concatenate([jnp.pad(a, beyond), a], axis=k)
+    whole = jnp.pad(a, beyond) if axis.modulus > n else a
     if axis.mode == LOOP:
-        return jnp.expand_dims(twice, -2)
+        return jnp.expand_dims(jnp.concatenate([whole, a], axis=k), -2)
     index = np.arange(n)[:, None] + axis.scale * np.arange(axis.planes)[None]
-    taken = jnp.take(twice, jnp.asarray(index), axis=k)  # k: positions, k + 1: offsets
+    # k: positions, k + 1: offsets. Never outside, and "clip" is cheaper than to look.
+    taken = jnp.take(whole, jnp.asarray(index % axis.modulus), axis=k, mode="clip")
     return jnp.moveaxis(taken, k + 1, -2)
 
 
@@ -210,7 +270,7 @@ def arrange(a: jax.Array, axes: Sequence[Axis], side: int) -> jax.Array:
     return a.reshape((*a.shape[: len(sizes)], math.prod(a.shape[len(sizes) :])))
 
 
-def at_offset(a: jax.Array, offset: Any, scale: int, modulus: int) -> jax.Array:
+def at_offset(a: jax.Array, offset: Any, scale: int, modulus: int, axis: int = 0) -> jax.Array:
     """The rows of a looped axis at one offset."""
-    n = a.shape[0] - modulus
-    return lax.dynamic_slice_in_dim(a, offset * scale, n, axis=0)
+    n = a.shape[axis] - modulus
+    return lax.dynamic_slice_in_dim(a, offset * scale, n, axis=axis)

@@ -27,18 +27,22 @@ import numpy as np
 from jax import lax
 
 from tangents._infinite.blocks import resize
+from tangents._infinite.dual.angle import safe_sqrt
 from tangents._infinite.execute import State, run
-from tangents._infinite.graph import Node, Parallel, Repeat, Serial
+from tangents._infinite.graph import Node, Parallel, Repeat, Serial, any_node, join_needs
 from tangents._infinite.layers.window import Padding
 from tangents._infinite.planes import (
     ALL,
     LOOP,
     ZERO,
     Axis,
+    Passed,
     Planes,
+    Pooled,
     arrange,
     at_offset,
-    pool_axis,
+    looped_insides,
+    pool,
     valid_positions,
 )
 from tangents._infinite.tape import Tape, join_sides, map_sides
@@ -73,6 +77,16 @@ class Segment:
         if self.close is None or _closing(self.close) != "flatten":
             return Serial(self.nodes, self.start)
         return Serial((*self.nodes, self.close), self.start)
+
+    def reads_norm(self) -> bool:
+        """Do its layers read no more of variances than sqrt(var1 var2)?"""
+        alone = Need(Layout.DIAGONAL, Layout.NONE)
+
+        def reads_more(node):
+            inside = node.children() or node.reads_norm
+            return not inside and join_needs(node.needs(alone)).side > Layout.NONE
+
+        return not any_node(self.walked, reads_more)
 
     def only_equal(self) -> bool:
         """Is offset 0 all that is needed?"""
@@ -237,16 +251,47 @@ class Pairs:
     same: Any
 
 
+def _passed(node: Node, signal: Any, scale: int) -> list[Passed]:
+    """The windows of a run of layers along the first axis. scale: of the planes before it."""
+    out = []
+    if isinstance(node, Parallel):
+        for child, each in zip(node.nodes, signal, strict=True):
+            out += _passed(child, each, scale)
+        return out
+    inside = node.nodes if isinstance(node, Serial) else node.children()
+    for child in inside:
+        out += _passed(child, signal, scale)
+        scale //= _first_stride(child, signal)
+        signal = child.signal(signal)
+    if not inside:
+        for w in node.plane_windows(signal)[:1]:
+            out.append((signal.spatial[0], scale // w.stride, w))
+    return out
+
+
+def _first_stride(node: Node, signal: Any) -> int:
+    if isinstance(node, Parallel):
+        return _first_stride(node.nodes[0], signal[0])
+    if isinstance(node, Serial):
+        total = 1
+        for child in node.nodes:
+            total *= _first_stride(child, signal)
+            signal = child.signal(signal)
+        return total
+    many = isinstance(signal, list)
+    return 1 if many or isinstance(node, Repeat) else node.plane_strides(signal)[0]
+
+
 def _same(pairs: Pairs, axes: tuple[Axis, ...], offset: Any) -> Any:
     """Entries (Q,) of an example with itself at one position."""
     if pairs.same is None:
         return None
-    same = jnp.ones((1,), bool)
-    for axis in axes:
-        here = jnp.arange(axis.held) == 0
+    same: Any = np.ones((1,), bool)
+    for axis in axes[::-1]:
+        here: Any = np.arange(axis.held) == 0
         if axis.mode == LOOP:
             here = jnp.reshape(jnp.asarray(offset) == 0, (1,))
-        same = (same[:, None] & here).reshape(-1)
+        same = (here[:, None] & same).reshape(-1)
     return (same[:, None] & pairs.same).reshape(-1)
 
 
@@ -272,13 +317,20 @@ def plane_state(segment: Segment, tile: Any, side: Any, planes: Planes, n: int) 
     )
 
 
-def record(segment: Segment, variance: jax.Array, axes: tuple[Axis, ...], keep: bool) -> Tape:
-    """What the layers of a segment read of the variances `(n, *spatial)` before it."""
+def record(
+    segment: Segment, variance: jax.Array, axes: tuple[Axis, ...], keep: bool, roots: bool
+) -> Tape:
+    """What the layers of a segment read of the variances `(n, *spatial)` before it.
+
+    roots: are square roots kept. They are the same for all pairs of an example.
+    """
     n = variance.shape[0]
     state = plane_state(segment, None, variance, Planes(axes, n), n)
-    tape = Tape(keep)
+    tape = Tape(keep, None, roots)
     need = Need(Layout.DIAGONAL, Layout.DIAGONAL)
     run(segment.walked, state, need, (None, None), {}, tape)
+    if roots:
+        tape.entries = map_sides(lambda a, axis: safe_sqrt(a), tape.entries)
     return tape
 
 
@@ -334,11 +386,17 @@ def through(
     sides1 = _arranged(tape1, _gather(tape1.entries, pairs.first), axes, 1)
     sides2 = _arranged(tape2, _gather(tape2.entries, pairs.second), axes, 2)
     looped = bool(axes) and axes[0].mode == LOOP
+    passed = _passed(segment.walked, segment.before, axes[0].scale) if looped else []
 
     def at(offset: Any) -> Any:
         cut2 = _cut(tape2, sides2, axes, offset) if looped else sides2
-        planes = Planes(axes, pairs.size, offset, _same(pairs, axes, offset))
-        state = plane_state(segment, source(axes, offset), None, planes, pairs.size)
+        tile = source(axes, offset)
+        planes = Planes(axes, pairs.size, offset, _same(pairs, axes, offset), tape1.roots)
+        if looped:
+            planes = planes.replace(
+                inside=looped_insides(axes[0], passed, offset, tile.cov12.dtype)
+            )
+        state = plane_state(segment, tile, None, planes, pairs.size)
         tape = Tape(want_gap, join_sides(sides1, cut2))
         state = run(segment.walked, state, Need(Layout.PLANES, Layout.NONE), (None, None), {}, tape)
         return _close_inner(segment, state.tile, state.planes)
@@ -354,7 +412,7 @@ def _final(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
 
 
 def _gather(entries: Any, index: Any) -> list:
-    return map_sides(lambda a, axis: jnp.take(a, index, axis=axis), entries)
+    return map_sides(lambda a, axis: jnp.take(a, index, axis=axis, mode="clip"), entries)
 
 
 def each_array(fn: Callable[[Any], Any], tile: Tile) -> Tile:
@@ -385,13 +443,13 @@ def _close_inner(segment: Segment, tile: Tile, planes: Planes) -> Tile:
     ws = close._windows(segment.after.shape)  # pyright: ignore
     scale = math.prod(close.window_shape) if close.average else 1  # pyright: ignore
 
-    def pool(a):
-        for k in range(len(sizes)):
-            if planes.axes[k].mode == ALL:
-                a = pool_axis(a, k, len(sizes) + k, sizes[k], planes.axes[k].planes, ws[k])
-        return a / scale**2
-
-    return each_array(pool, tile)
+    axes = [
+        Pooled(k, len(sizes) + k, n, axis.planes, ws[k])
+        for k, (n, axis) in enumerate(zip(sizes, planes.axes, strict=True))
+        if axis.mode == ALL
+    ]
+    looped = len(axes) < len(sizes)
+    return each_array(lambda a: pool(a, axes, not looped) / scale**2, tile)
 
 
 def _valid_axis(planes: Planes, k: int, n: int, dims: int) -> jax.Array:
@@ -420,8 +478,8 @@ def _close_outer(segment: Segment, tile: Tile, planes: Planes, looped: bool) -> 
         tile = Tile(*(a if a is None else a[0] if a.ndim == 1 else a for a in tile))
         tile = each_array(lambda a: jnp.moveaxis(jnp.squeeze(a, 1 + dims), 0, dims), tile)
         w = close._windows(segment.after.shape)[0]  # pyright: ignore
-        planes0 = planes.axes[0].planes
-        tile = each_array(lambda a: pool_axis(a, 0, dims, sizes[0], planes0, w), tile)
+        axis = Pooled(0, dims, sizes[0], planes.axes[0].planes, w)
+        tile = each_array(lambda a: pool(a, [axis], True), tile)
     return tile
 
 

@@ -102,15 +102,22 @@ class Tape:
     """Results of a side pass in the order the walk visits the nodes.
 
     keep: must variances be kept for nodes that carry the gap. entries: of a recording to play; None
-    starts a recording.
+    starts a recording. roots: are the entries square roots of what the nodes read.
     """
 
-    def __init__(self, keep: bool, entries: Any = None):
+    def __init__(self, keep: bool, entries: Any = None, roots: bool = False):
         self.keep = keep
+        self.roots = roots
         self.playing = entries is not None
         self.entries = list(entries) if self.playing else []
         self.scales: list[tuple[int, ...]] = []  # of the planes at each entry of a recording
         self.place = 0
+
+    def holding(self, entries: Any) -> Tape:
+        """A recording like this with other entries: of more examples, or of fewer."""
+        tape = Tape(self.keep, entries, self.roots)
+        tape.playing, tape.scales = False, self.scales
+        return tape
 
     def next(self) -> Any:
         """The entry of the node that is visited."""

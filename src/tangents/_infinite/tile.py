@@ -223,7 +223,9 @@ class Context:
     @property
     def variances(self) -> tuple[jax.Array, jax.Array]:
         """`(var1, var2)`, broadcastable to `tile.cov12`; one and the same for equal entries."""
-        if self.layout == Layout.PLANES:
+        if self.norm is not None:
+            var1, var2 = self.side1**2, self.side2**2
+        elif self.layout == Layout.PLANES:
             var1, var2 = self.side1, self.side2
         else:
             var1, var2 = self.pair(self.variance(1), self.variance(2))
@@ -232,6 +234,17 @@ class Context:
             # Also where a compiler computes the two sides with different roundings.
             var2 = in_value(same, var1, var2)
         return var1, var2
+
+    @property
+    def norm(self) -> jax.Array | None:
+        """sqrt(var1 var2) where the sides are roots of variances (`Planes.roots`)."""
+        rooted = self.layout == Layout.PLANES and self.planes.roots and self.side1 is not None
+        return self.side1 * self.side2 if rooted else None
+
+    @property
+    def equal_entries(self) -> bool:
+        """Is the tile a side: pairs (a, a) at equal positions?"""
+        return not self.all_pairs and self.layout == Layout.DIAGONAL
 
     @property
     def same_entries(self) -> jax.Array | None:

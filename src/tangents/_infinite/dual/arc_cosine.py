@@ -42,7 +42,12 @@ from tangents._infinite.dual.angle import (
     sides,
 )
 from tangents._infinite.dual.form import Dual, DualKernel
-from tangents._infinite.dual.single_precision import is_single, segment
+from tangents._infinite.dual.single_precision import (
+    folded_angle_of_root,
+    is_single,
+    segment,
+    segment_of_root,
+)
 
 Hyper = Mapping[str, Any]
 
@@ -177,11 +182,22 @@ def _piecewise_linear(
         gap = jnp.where(nngp < 0, mean * s + nngp, near)
         return Dual(nngp, mean - kink * angle(cov12, var1, var2, gap12), gap)
 
+    def of_norm(hyper, cov12, s, gap12) -> Dual:
+        a, b = slopes(hyper)
+        mean = (a * a + b * b) / 2
+        kink = (a - b) * (a - b) / (2 * math.pi)
+        deviation = jnp.where(s > 0, gap12 / jnp.where(s > 0, s, 1), 1)
+        # All that both results share: a compiler that will not compute it twice writes one array.
+        root = jnp.sqrt(jnp.clip(deviation, 0, 1))
+        negative, theta = cov12 < 0, folded_angle_of_root(root)
+        nngp = jnp.where(negative, a * b, mean) * cov12 + kink * s * segment_of_root(root)
+        return Dual(nngp, mean - kink * jnp.where(negative, math.pi - theta, theta))
+
     def diagonal(hyper, var):
         a, b = slopes(hyper)
         return (a * a + b * b) / 2 * var
 
-    return DualKernel(phi, dual, diagonal, carries_gap=True)
+    return DualKernel(phi, dual, diagonal, True, True, of_norm)
 
 
 def _abrelu(hyper: Hyper, x: Array) -> Array:

@@ -36,9 +36,14 @@ class DualKernel(NamedTuple):
     dual: `(hyper, cov12, var1, var2, gap12=None) -> Dual`; arguments broadcast.
     diagonal: `(hyper, var) -> E[phi(u)^2]`.
     carries_gap: does `dual` return the gap where it is given one.
+    exact_diagonal: is `diagonal` what `dual` gives at equal entries, value and derivatives.
+    of_norm: `(hyper, cov12, s, gap12) -> Dual` from s = sqrt(var1 var2) alone, returning no gap:
+      values in single precision, no derivatives. `None` where the variances are read apart.
     """
 
     phi: Callable[[Any, Array], Array]
     dual: Callable[..., Dual]
     diagonal: Callable[[Any, Array], Array]
     carries_gap: bool = False
+    exact_diagonal: bool = False
+    of_norm: Callable[..., Dual] | None = None

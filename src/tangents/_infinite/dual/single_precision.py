@@ -66,6 +66,17 @@ def folded_angle(deviation: Array) -> Array:
     return jnp.sqrt(deviation) * _evaluate("angle", 7, deviation)
 
 
+def folded_angle_of_root(root: Array) -> Array:
+    """`folded_angle` of root^2."""
+    return root * _evaluate("angle", 7, root * root)
+
+
+def segment_of_root(root: Array) -> Array:
+    """`segment` of root^2."""
+    deviation = root * root
+    return deviation * root * _evaluate("segment", 6, deviation)
+
+
 def opening(deviation: Array) -> Array:
     """1 - 2 sin((pi/2 - theta) / 3), theta in [0, pi/2]: in proportion to theta near 0."""
     root = jnp.sqrt(deviation)

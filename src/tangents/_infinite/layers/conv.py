@@ -43,6 +43,7 @@ from tangents._infinite.layers.window import (
     window_mask,
     window_sum,
     window_sum_pairs,
+    window_sum_written,
     windows,
 )
 from tangents._infinite.planes import window_sum_planes
@@ -186,6 +187,9 @@ class ConvNode(Node):
         by_letter = dict(zip(self.letters, self.windows(shape), strict=True))
         return [by_letter[c] for c in self.specs[0] if c not in "NC"]
 
+    def plane_windows(self, signal):
+        return self._own_windows(signal.shape)
+
     def plane_strides(self, signal):
         return tuple(w.stride for w in self._own_windows(signal.shape))
 
@@ -232,7 +236,8 @@ class ConvNode(Node):
             if full:
                 return jnp.transpose(window_sum_pairs(a, n, ws) / k, moved)
             a = spatial_diagonal(a, n) if context.layout == Layout.FULL else a
-            return jnp.transpose(window_sum(a, range(n, n + len(ws)), ws) / k, moved)
+            total = window_sum_written if context.equal_entries else window_sum
+            return jnp.transpose(total(a, range(n, n + len(ws)), ws) / k, moved)
 
         averaged, variances = tile.linear(average), None
         if context.layout == Layout.DIAGONAL and context.carries(tile):

@@ -48,6 +48,10 @@ class NonlinearityNode(Node):
         prepare = getattr(self.kernel, "prepare", None)
         return None if prepare is None else jax.tree_util.Partial(prepare)
 
+    @property
+    def reads_norm(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        return isinstance(self.kernel, DualKernel) and self.kernel.of_norm is not None
+
     def gaussian(self, incoming):
         return False
 
@@ -67,6 +71,9 @@ class NonlinearityNode(Node):
         return Need(need.tile, max(need.side, Layout.DIAGONAL))
 
     def rule(self, context, tile):
+        kernel = self.kernel
+        if isinstance(kernel, DualKernel) and kernel.exact_diagonal and context.equal_entries:
+            return Tile(kernel.diagonal(self.hyper, tile.cov12))
         var1, var2 = context.variances
         if isinstance(self.kernel, Expansion):
             sides = context.pair(context.variance(1), context.variance(2))
@@ -76,6 +83,8 @@ class NonlinearityNode(Node):
                 numbers = jax.vmap(context.pair)(*prepared.sides)
                 prepared = prepared._replace(sides=numbers)
             dual = self.kernel.from_sides(self.hyper, *given, prepared=prepared)
+        elif context.norm is not None and self.kernel.of_norm is not None:
+            dual = self.kernel.of_norm(self.hyper, tile.cov12, context.norm, tile.gap12)
         else:
             dual = self.kernel.dual(self.hyper, tile.cov12, var1, var2, tile.gap12)
         ntk = tile.ntk

@@ -135,6 +135,14 @@ def window_sum(a: jax.Array, axes: Sequence[int], ws: Sequence[Window]) -> jax.A
     return a
 
 
+def window_sum_written(a: jax.Array, axes: Sequence[int], ws: Sequence[Window]) -> jax.Array:
+    """`window_sum` of an array that is padded along all axes first: fewer kernels to compile."""
+    a = extended_all(a, axes, ws)
+    for axis, w in zip(axes, ws, strict=True):
+        a = sum(taps(a, axis, w))  # pyright: ignore[reportAssignmentType]
+    return a
+
+
 def window_sum_pairs(a: jax.Array, n_batch: int, ws: Sequence[Window]) -> jax.Array:
     """Sum along diagonals of `(pairs, H, H, W, W)`: both positions move through the window as one.
 
