@@ -389,7 +389,11 @@ def through(
     passed = _passed(segment.walked, segment.before, axes[0].scale) if looped else []
 
     def at(offset: Any) -> Any:
-        cut2 = _cut(tape2, sides2, axes, offset) if looped else sides2
+        cut1, cut2 = sides1, sides2
+        if looped:
+            # Nothing made of the sides is moved out of the loop: it is less to read them.
+            cut1, offset = lax.optimization_barrier((sides1, offset))
+            cut2 = _cut(tape2, sides2, axes, offset)
         tile = source(axes, offset)
         planes = Planes(axes, pairs.size, offset, _same(pairs, axes, offset), tape1.roots)
         if looped:
@@ -397,13 +401,15 @@ def through(
                 inside=looped_insides(axes[0], passed, offset, tile.cov12.dtype)
             )
         state = plane_state(segment, tile, None, planes, pairs.size)
-        tape = Tape(want_gap, join_sides(sides1, cut2))
+        tape = Tape(want_gap, join_sides(cut1, cut2))
         state = run(segment.walked, state, Need(Layout.PLANES, Layout.NONE), (None, None), {}, tape)
         return _close_inner(segment, state.tile, state.planes)
 
     if not looped:
         return _close_outer(segment, at(None), Planes(_final(axes), pairs.size), False)
-    tiles = lax.map(jax.checkpoint(at), jnp.arange(axes[0].planes))
+    fn = jax.checkpoint(at)
+    start, length = jnp.zeros((), int), axes[0].planes
+    _, tiles = lax.scan(lambda d, _: (d + 1, fn(d)), start, None, length)
     return _close_outer(segment, tiles, Planes(_final(axes), pairs.size), True)
 
 
