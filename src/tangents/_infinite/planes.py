@@ -197,14 +197,31 @@ def pool(a: jax.Array, axes: Sequence[Pooled], written: bool) -> jax.Array:
     written: is the array extended along all of the axes, positions and offsets, in one copy. These
     are the fewest kernels to compile; inside a loop over the planes of another axis they are slow.
     """
-    for axis in axes if written else ():
-        around = [(0, 0)] * a.ndim
-        around[axis.offsets] = (axis.window.size - 1, max(axis.window.size - axis.window.stride, 0))
-        a = jnp.pad(extend(a, axis.positions, axis.window), around, mode="wrap")
-    a = lax.optimization_barrier(a)
+    if written:
+        for axis in axes:
+            a = extend(a, axis.positions, axis.window)
+        a = lax.optimization_barrier(_around(a, axes))
     for axis in axes:
         a = _pool_axis(a, axis, written)
     return a
+
+
+def _around(a: jax.Array, axes: Sequence[Pooled]) -> jax.Array:
+    """Planes of consecutive axes from 1 - size on, around the torus that they are."""
+    if len(axes) == 1:
+        w, around = axes[0].window, [(0, 0)] * a.ndim
+        around[axes[0].offsets] = (w.size - 1, max(w.size - w.stride, 0))
+        return jnp.pad(a, around, mode="wrap")
+    moduli = tuple(axis.modulus for axis in axes)
+    wanted = [
+        np.arange(1 - w.size, m + max(w.size - w.stride, 0)) % m
+        for m, w in zip(moduli, (axis.window for axis in axes), strict=True)
+    ]
+    index = np.ravel_multi_index(np.meshgrid(*wanted, indexing="ij"), moduli)
+    first = axes[0].offsets
+    before, after = a.shape[:first], a.shape[first + len(axes) :]
+    a = a.reshape((*before, math.prod(moduli), *after))
+    return jnp.take(a, jnp.asarray(index), axis=first, mode="clip")
 
 
 def _pool_axis(a: jax.Array, axis: Pooled, written: bool) -> jax.Array:
