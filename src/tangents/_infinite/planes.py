@@ -189,6 +189,12 @@ class Pooled(NamedTuple):
     modulus: int
     window: Window
 
+    @property
+    def whole(self) -> bool:
+        """Is there one window, the whole axis?"""
+        w = self.window
+        return w.size == self.n and not w.lo and not w.hi and w.dilation == 1
+
 
 def pool(a: jax.Array, axes: Sequence[Pooled], written: bool) -> jax.Array:
     """Sum over windows of both positions along some axes; all M offsets are at hand.
@@ -197,13 +203,29 @@ def pool(a: jax.Array, axes: Sequence[Pooled], written: bool) -> jax.Array:
     written: is the array extended along all of the axes, positions and offsets, in one copy. These
     are the fewest kernels to compile; inside a loop over the planes of another axis they are slow.
     """
-    if written:
+    for axis in axes:
+        if axis.whole:
+            a = _pool_whole(a, axis)
+    axes = [axis for axis in axes if not axis.whole]
+    if written and axes:
         for axis in axes:
             a = extend(a, axis.positions, axis.window)
         a = lax.optimization_barrier(_around(a, axes))
     for axis in axes:
         a = _pool_axis(a, axis, written)
     return a
+
+
+def _pool_whole(a: jax.Array, axis: Pooled) -> jax.Array:
+    """One window: a sum, of which every offset but 0 is beyond the edge."""
+    k, place, n, modulus, w = axis
+    if modulus > n:
+        shape = [1] * a.ndim
+        shape[k], shape[place] = n, modulus
+        a = a * jnp.asarray(valid_positions(n, modulus).reshape(shape), a.dtype)
+    beyond = [(0, 0)] * a.ndim
+    beyond[place] = (0, modulus // w.stride - 1)
+    return jnp.pad(jnp.sum(a, axis=(k, place), keepdims=True), beyond)
 
 
 def _around(a: jax.Array, axes: Sequence[Pooled]) -> jax.Array:
