@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -322,47 +322,74 @@ def record(
 ) -> Tape:
     """What the layers of a segment read of the variances `(n, *spatial)` before it.
 
-    roots: are square roots kept. They are the same for all pairs of an example.
+    roots: do the layers read square roots of them.
     """
     n = variance.shape[0]
     state = plane_state(segment, None, variance, Planes(axes, n), n)
     tape = Tape(keep, None, roots)
     need = Need(Layout.DIAGONAL, Layout.DIAGONAL)
     run(segment.walked, state, need, (None, None), {}, tape)
-    if roots:
-        tape.entries = map_sides(lambda a, axis: safe_sqrt(a), tape.entries)
     return tape
 
 
-def _arranged(tape: Tape, entries: Any, axes: tuple[Axis, ...], side: int) -> list:
-    """Entries of a group of pairs in the order of planes, each with the scale it has there."""
-    out = []
-    for entry, scales in zip(entries, tape.scales, strict=True):
-        here = [dataclasses.replace(a, scale=s) for a, s in zip(axes, scales, strict=True)]
+class _Laid(NamedTuple):
+    """Entries of a tape laid out for a group of pairs, all of one shape and scale in one array.
 
-        def put(a, axis, here=here):
-            if axis:  # turns of a Repeat
-                return jax.vmap(lambda b: put(b, axis - 1))(a)
-            return arrange(a, here, side)
+    stacks: `(entries, *spatial, Q)`. place: which stack and entries of it each leaf of the tape is.
+    scales: of the stacks along the first axis. leading: axes of each leaf before that of examples.
+    """
 
-        out += map_sides(put, [entry])
+    stacks: list
+    place: list[tuple[int, int, int]]
+    scales: list[int]
+    leading: list[tuple[int, ...]]
+    tree: Any
+
+    def entries(self, stacks: list) -> list:
+        """The entries of the tape, of these stacks."""
+        leaves = [
+            stacks[k][start:end].reshape((*leading, *stacks[k].shape[1:]))
+            for (k, start, end), leading in zip(self.place, self.leading, strict=True)
+        ]
+        return jax.tree.unflatten(self.tree, leaves)
+
+    def cut(self, axis: Axis, offset: Any) -> list:
+        """The stacks of side 2 at one offset of the looped axis."""
+        return [
+            at_offset(stack, offset, scale, axis.planes * scale, axis=1)
+            for stack, scale in zip(self.stacks, self.scales, strict=True)
+        ]
+
+
+def _laid_out(tape: Tape, index: Any, axes: tuple[Axis, ...], side: int) -> _Laid:
+    """A tape of all examples for a group of pairs; index: numbers of the examples of one side."""
+    leaves, tree = jax.tree.flatten(tape.entries)
+    of_examples = jax.tree.leaves(map_sides(lambda a, axis: axis, tape.entries))
+    pairs = zip(tape.entries, tape.scales, strict=True)
+    scales = [s for entry, s in pairs for _ in jax.tree.leaves(entry)]
+    each = list(zip(leaves, of_examples, scales, strict=True))
+    turned = {(leaf.shape[axis + 1 :], scale) for leaf, axis, scale in each if axis}
+    alike: dict[Any, list] = {}
+    place: list[Any] = []
+    for n, (leaf, axis, scale) in enumerate(each):
+        flat = leaf.reshape((-1, *leaf.shape[axis:]))
+        kind = (leaf.shape[axis + 1 :], scale)
+        # A few layers without a run are equal kernels if each reads an array of its own.
+        kind = (*kind, None if kind in turned else n)
+        stack = alike.setdefault(kind, [])
+        start = sum(len(other) for other in stack)
+        stack.append(flat)
+        place.append((list(alike).index(kind), start, start + len(flat)))
+    stacks = []
+    for (_, scale, _), stack in alike.items():
+        here = [dataclasses.replace(a, scale=s) for a, s in zip(axes, scale, strict=True)]
+        some = jnp.take(jnp.concatenate(stack), index, axis=1, mode="clip")
+        some = safe_sqrt(some) if tape.roots else some
+        stacks.append(jax.vmap(lambda a, here=here: arrange(a, here, side))(some))
+    leading = [leaf.shape[:axis] for leaf, axis in zip(leaves, of_examples, strict=True)]
     # Fused into the layers that read them, these gathers came out wrong on CPU (JAX 0.10.2).
-    return lax.optimization_barrier(out)
-
-
-def _cut(tape: Tape, entries: Any, axes: tuple[Axis, ...], offset: Any) -> list:
-    """Entries of side 2 at one offset of the looped axis."""
-    out = []
-    for entry, scales in zip(entries, tape.scales, strict=True):
-        modulus = axes[0].planes * scales[0]
-
-        def take(a, axis, scale=scales[0], modulus=modulus):
-            if axis:
-                return jax.vmap(lambda b: take(b, axis - 1))(a)
-            return at_offset(a, offset, scale, modulus)
-
-        out += map_sides(take, [entry])
-    return out
+    stacks = lax.optimization_barrier(stacks)
+    return _Laid(stacks, place, [scale[0] if scale else 1 for _, scale, _ in alike], leading, tree)
 
 
 def through(
@@ -383,17 +410,17 @@ def through(
       `(P,)`.
     """
     axes = axes_of(segment, modulus, pairs.size)
-    sides1 = _arranged(tape1, _gather(tape1.entries, pairs.first), axes, 1)
-    sides2 = _arranged(tape2, _gather(tape2.entries, pairs.second), axes, 2)
+    sides1 = _laid_out(tape1, pairs.first, axes, 1)
+    sides2 = _laid_out(tape2, pairs.second, axes, 2)
     looped = bool(axes) and axes[0].mode == LOOP
     passed = _passed(segment.walked, segment.before, axes[0].scale) if looped else []
 
     def at(offset: Any) -> Any:
-        cut1, cut2 = sides1, sides2
+        cut1, cut2 = sides1.stacks, sides2.stacks
         if looped:
             # Nothing made of the sides is moved out of the loop: it is less to read them.
-            cut1, offset = lax.optimization_barrier((sides1, offset))
-            cut2 = _cut(tape2, sides2, axes, offset)
+            cut1, offset = lax.optimization_barrier((cut1, offset))
+            cut2 = sides2.cut(axes[0], offset)
         tile = source(axes, offset)
         planes = Planes(axes, pairs.size, offset, _same(pairs, axes, offset), tape1.roots)
         if looped:
@@ -401,7 +428,7 @@ def through(
                 inside=looped_insides(axes[0], passed, offset, tile.cov12.dtype)
             )
         state = plane_state(segment, tile, None, planes, pairs.size)
-        tape = Tape(want_gap, join_sides(cut1, cut2))
+        tape = Tape(want_gap, join_sides(sides1.entries(cut1), sides2.entries(cut2)))
         state = run(segment.walked, state, Need(Layout.PLANES, Layout.NONE), (None, None), {}, tape)
         return _close_inner(segment, state.tile, state.planes)
 
@@ -415,10 +442,6 @@ def through(
 
 def _final(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
     return tuple(dataclasses.replace(a, scale=1) for a in axes)
-
-
-def _gather(entries: Any, index: Any) -> list:
-    return map_sides(lambda a, axis: jnp.take(a, index, axis=axis, mode="clip"), entries)
 
 
 def each_array(fn: Callable[[Any], Any], tile: Tile) -> Tile:

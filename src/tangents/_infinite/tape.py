@@ -102,7 +102,7 @@ class Tape:
     """Results of a side pass in the order the walk visits the nodes.
 
     keep: must variances be kept for nodes that carry the gap. entries: of a recording to play; None
-    starts a recording. roots: are the entries square roots of what the nodes read.
+    starts a recording. roots: do the nodes read square roots of the entries.
     """
 
     def __init__(self, keep: bool, entries: Any = None, roots: bool = False):
