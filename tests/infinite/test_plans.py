@@ -68,6 +68,15 @@ BODIES = {
     "repeat": lambda: stax.serial(conv(), stax.repeat(stax.serial(stax.Relu(), conv()), 3)),
     "pool": lambda: stax.serial(conv(), stax.Relu(), pool(), conv(), stax.Relu()),
     "overlapping": lambda: stax.serial(conv(), stax.Relu(), pool("SAME", (3, 3)), conv()),
+    "whole": lambda: stax.serial(
+        conv(padding="VALID"),
+        stax.Relu(),
+        stax.AvgPool((6, 6)),
+        conv(),
+        stax.LeakyRelu(0.3),
+        conv(),
+    ),
+    "rows": lambda: stax.serial(conv(), stax.Abs(), stax.SumPool((8, 2), (1, 2)), conv()),
     "one by one": lambda: stax.serial(stax.Dense(1, 1.2, 0.3), stax.LeakyRelu(0.2), conv()),
 }
 ENDS = {
@@ -85,6 +94,7 @@ QUICK = {
     ("torus", "flat"),
     ("residual", "global"),
     ("pool", "deep end"),
+    ("whole", "global"),
 }
 
 
@@ -112,6 +122,33 @@ def test_planes_of_two_batches(body, end, x64):
     assert_close(*planned(executors.ByPlanes(least=1), kernel_fn, X, Y), x64)
     # Equal by value: entries of an example with itself are exact as with x2=None.
     assert_close(*planned(executors.ByPlanes(least=1), kernel_fn, X, X + 0), x64)
+
+
+@pytest.mark.parametrize(
+    ("n", "group"), [(3, 2), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((1, 1), (3, 4)))]
+)
+def test_one_loop_is_the_two_that_are_differentiated(n, group, x64):
+    """Groups in which the pairs (a, a) stand beside others that read their tapes."""
+    kernel_fn = stax.serial(BODIES["pool"](), conv(), ENDS["global"]())[2]
+
+    def kernels(x):
+        return tuple(kernel_fn(x, None, FIELDS))
+
+    with using(executors.ByPlanes(least=1, group=group)):
+        assert "custom_jvp" in str(jax.make_jaxpr(kernels)(X[:n]))
+        derived, _ = jax.jvp(kernels, (X[:n],), (X[:n],))
+        assert_close(kernels(X[:n]), derived, x64)
+
+
+@pytest.mark.slow
+def test_planes_under_vmap(x64):
+    kernel_fn = stax.serial(BODIES["pool"](), conv(), ENDS["global"]())[2]
+    x = jnp.stack([X[:2], 2 * X[1:]])
+    with using(executors.ByPlanes(least=1, group=2)):
+        mapped = jax.vmap(lambda x: tuple(kernel_fn(x, None, FIELDS)))(x)
+    with using(executors.Trivial()):
+        for k, each in enumerate(x):
+            assert_close([m[k] for m in mapped], kernel_fn(each, None, FIELDS), x64)
 
 
 @pytest.mark.slow
@@ -196,6 +233,26 @@ def test_gradients_through_blocks_and_planes(case, x64):
             gradients.append(jax.grad(total)(x))
     scale = float(jnp.abs(gradients[0]).max())
     np.testing.assert_allclose(*gradients, rtol=0, atol=(1e-9 if x64 else 2e-3) * scale)
+
+
+@pytest.mark.slow
+def test_gradients_of_two_batches_and_hyperparameters(x64):
+    def total(W_std, x, y):
+        layers = stax.Conv(1, (3, 3), (1, 1), "SAME", W_std, 0.1), stax.LeakyRelu(W_std / 3), pool()
+        kernel_fn = stax.serial(*layers, conv(), stax.Relu(), stax.GlobalAvgPool(), stax.Dense(1))[
+            2
+        ]
+        return jnp.sum(jnp.sin(kernel_fn(x, y, "ntk")))
+
+    gradients = []
+    for executor in (executors.Trivial(), executors.ByPlanes(least=1, group=2)):
+        with using(executor):
+            of_two = jax.grad(total, (0, 1, 2))(jnp.asarray(1.3, X.dtype), X[:2], Y[:1])
+            of_one = jax.grad(total)(jnp.asarray(1.3, X.dtype), X[:2], None)
+            gradients.append((*of_two, of_one))
+    for plain, got in zip(*gradients, strict=True):
+        scale = float(jnp.abs(plain).max())
+        np.testing.assert_allclose(got, plain, rtol=0, atol=(1e-9 if x64 else 2e-3) * scale)
 
 
 def test_an_executor_of_ones_own_is_asked_first(x64):
