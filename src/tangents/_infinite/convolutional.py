@@ -1,5 +1,10 @@
 """All pairs of a convolutional network, by segments and planes (`segments.py`, `planes.py`).
 
+With x2 = None the pairs a <= b are one loop, (a, a) first, which leaves what the layers read of
+variances in buffers (`one_loop`). Its reverse would keep a copy of these at each step, so
+derivatives are taken of two loops, (a, a) and the rest, with the tapes of the first handed to the
+second (`two_loops`). With x2 the pairs (a, a) of both batches are a loop before that of all pairs.
+
 A network that needs equal positions only (it ends in Flatten, without a pooling) is computed in
 rectangles, a block of examples of x1 against a block of x2, with variances as small as the blocks.
 """

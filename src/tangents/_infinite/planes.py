@@ -110,7 +110,7 @@ class Planes:
 jax.tree_util.register_pytree_node(
     Planes,
     lambda p: ((p.offset, p.same, p.inside), (p.axes, p.pairs, p.roots)),
-    lambda aux, children: Planes(*aux[:2], *children[:2], aux[2], children[2]),
+    lambda aux, of: Planes(aux[0], aux[1], of[0], of[1], aux[2], of[2]),
 )
 
 

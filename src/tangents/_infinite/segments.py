@@ -1,17 +1,18 @@
 """Networks of convolutions plane by plane: runs of layers between poolings (see `planes.py`).
 
 A network is cut into *segments*: layers that never leave a plane, closed by one that mixes planes
-(a pooling) or picks one (Flatten). Pairs of examples go through the segments in groups:
-
-1. the pairs (a, a) first, group by group. Their offset 0 is the variance; a walk over equal
-   positions gives what the layers of the segment read of it, and the tape of that is kept;
-2. the other pairs, with these tapes. With x2 = None those with a < b.
-
-How the groups are made and put together: `convolutional.py`.
+(a pooling) or picks one (Flatten). Pairs of examples go through the segments in groups. What the
+layers of a segment read of variances is on a tape, recorded by a walk over equal positions: of the
+inputs for the first segment, and later of offset 0 of the pairs (a, a), which come before the pairs
+that read it. How the groups are made and put together: `convolutional.py`.
 
 Inside a segment the offsets of the first axis are a loop, so that what one step touches stays in
 cache; the pooling at its end runs over the second axis inside the loop, and over the first behind
 it.
+
+Compiling takes as long as running some hundred pairs: XLA on CPU takes 20 to 50 ms for each kernel,
+but nothing for one that is equal to another to the last constant. So layers of one shape read
+arrays of their own (masks, sides) rather than what these are made of.
 """
 
 from __future__ import annotations

@@ -106,6 +106,21 @@ def test_diagonal_is_the_dual_at_equal_inputs(row, rtol):
     np.testing.assert_allclose(row.kernel.diagonal(row.hyper, var), at_equal, rtol=rtol / 100)
 
 
+@pytest.mark.parametrize(
+    "row", [pytest.param(r, id=r.name) for r in ROWS if r.kernel.of_norm is not None]
+)
+def test_of_norm_is_the_dual(row, x64):
+    """With the polynomials of single precision, whatever the type."""
+    c, v1, v2 = stacked({**PAIRS, **FINE}.values())
+    s = jnp.sqrt(v1) * jnp.sqrt(v2)
+    gap12 = jnp.maximum(s - jnp.abs(c), 0)
+    of_norm = row.kernel.of_norm(row.hyper, c, s, gap12)
+    dual = row.kernel.dual(row.hyper, c, v1, v2, gap12)
+    atol = 1e-7 if x64 else 1e-6
+    np.testing.assert_array_less(jnp.abs(of_norm.nngp - dual.nngp), atol * s + 1e-30)
+    np.testing.assert_allclose(of_norm.d_nngp, dual.d_nngp, rtol=0, atol=atol)
+
+
 @any_row_of
 def test_symmetric_in_the_pair(row, rtol):
     c, v1, v2 = stacked(PAIRS.values())
