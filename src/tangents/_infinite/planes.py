@@ -130,17 +130,18 @@ def _inside(axis: Axis, n: int, w: Window) -> np.ndarray:
 
 
 def looped_insides(axis: Axis, passed: Iterable[Passed], offset: Any, dtype: Any) -> dict:
-    """`(taps, output positions)` at one offset of a looped axis: 0 where nothing is read.
+    """`(taps, output positions)` at one offset of a looped axis: 0 where nothing is read, or None.
 
     Looked up once and written, so that layers of equal shapes are equal kernels, compiled once.
     """
     out = {}
     for n, scale, w in sorted(set(passed)):
         table = _inside(dataclasses.replace(axis, scale=scale), n, w)
+        out[n, scale, w] = None
         if not w.wrap and not table.all():
             picked = lax.dynamic_index_in_dim(jnp.asarray(table, dtype), offset, 0, False)
             out[n, scale, w] = picked
-    return keep_apart(out) if out else out
+    return keep_apart(out) if jax.tree.leaves(out) else out
 
 
 def _second_inside(planes: Planes, k: int, n: int, w: Window, dtype: Any) -> list[Any]:
@@ -152,7 +153,7 @@ def _second_inside(planes: Planes, k: int, n: int, w: Window, dtype: Any) -> lis
     if axis.mode == ZERO or w.wrap:
         return [None] * w.size
     if axis.mode == LOOP:
-        found = planes.inside.get((n, axis.scale, w))
+        found = planes.inside[n, axis.scale, w]
         if found is None:
             return [None] * w.size
         return [planes.spread(found[t][:, None], k) for t in range(w.size)]
