@@ -125,7 +125,8 @@ def test_planes_of_two_batches(body, end, x64):
 
 
 @pytest.mark.parametrize(
-    ("n", "group"), [(3, 2), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((1, 1), (3, 4)))]
+    ("n", "group"),
+    [(3, 2), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((1, 1), (3, 1), (3, 4)))],
 )
 def test_one_loop_is_the_two_that_are_differentiated(n, group, x64):
     """Groups in which the pairs (a, a) stand beside others that read their tapes."""

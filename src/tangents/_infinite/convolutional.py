@@ -180,6 +180,10 @@ def _filled(kept: list, entries: list, pairs: Pairs) -> list:
 
     def fill(all_of_them, some, axis):
         n = all_of_them.shape[axis]
+        if pairs.size == 1:
+            old = lax.dynamic_slice_in_dim(all_of_them, pairs.first[0], 1, axis)
+            new = jnp.where(pairs.same[0], some, old)
+            return lax.dynamic_update_slice_in_dim(all_of_them, new, pairs.first[0], axis)
         places = (slice(None),) * axis + (jnp.where(pairs.same, pairs.first, n),)
         return all_of_them.at[places].set(some, mode="drop")
 
