@@ -77,8 +77,17 @@ def calls(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("two", [False, True])
-@pytest.mark.parametrize("name", NETWORKS)
+QUICK = {("Selu, turns", True), ("HardTanh, turns", False)}
+
+
+@pytest.mark.parametrize(
+    ("name", "two"),
+    [
+        pytest.param(n, two, marks=() if (n, two) in QUICK else pytest.mark.slow)
+        for n in NETWORKS
+        for two in (False, True)
+    ],
+)
 def test_prepared_sides_give_what_tiles_make(name, two, calls, monkeypatch):
     network, shape = NETWORKS[name]
     with single():
@@ -94,6 +103,7 @@ def test_prepared_sides_give_what_tiles_make(name, two, calls, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6 * np.max(np.abs(b)))
 
 
+@pytest.mark.slow
 def test_gradients_do_not_go_through_them(monkeypatch):
     def slope(kernel, x1, x2):
         return jax.grad(lambda a: kernel(a, x2)[1].sum())(x1)
@@ -109,6 +119,7 @@ def test_gradients_do_not_go_through_them(monkeypatch):
     np.testing.assert_allclose(kept, exact, atol=2e-5 * np.max(np.abs(exact)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.3, 1.5, 4.0, 20.0])
 def test_one_input_far_out(scale, monkeypatch):
     """The largest deviation chooses the form for all: each table, and what lies beyond them."""
@@ -124,9 +135,9 @@ def test_one_input_far_out(scale, monkeypatch):
 
 
 def test_no_more_is_kept_than_asked_for():
-    """Numbers of sides are counted, not variances."""
+    """Numbers of sides are counted (and the level), not variances."""
     recorded = tape.Sides((jnp.ones(4),), maker=jax.tree_util.Partial(_made))
-    for most, kept in ((11, False), (12, True)):
+    for most, kept in ((16, False), (17, True)):
         (one,), (two,) = tape.prepared([recorded], [recorded], most)
         assert (one.numbers1 is not None) == kept == (two.numbers1 is not None)
 
