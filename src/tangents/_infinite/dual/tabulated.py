@@ -455,9 +455,10 @@ def sums(table: Table, both: Any, cov12: Array, side1: Array, side2: Array, gap1
 
 
 def tables_of(fn: Scalar, kinked: bool) -> tuple[Table, ...]:
-    """Tables of a function smooth apart from 0, of growing reach; at most two, that hold it.
+    """Tables of a function smooth apart from 0, of growing reach, that hold it.
 
-    A function that bends too fast for the long table takes many products, so a short one pays.
+    The longer one, the more products it takes for all pairs, so that a short one pays; but each is
+    compiled. Without a kink a function that the long one holds takes few products anyway.
 
     kinked: is it not smooth at 0.
 
@@ -485,9 +486,9 @@ def tables_of(fn: Scalar, kinked: bool) -> tuple[Table, ...]:
         table = _table(evaluate, reach, shape)
         return (table,) if _holds(table, evaluate) else ()
 
-    usual = made(_USUAL)
-    longer = usual and made(_LONG)
-    return usual + longer if longer or not usual else made(_SHORT) + usual
+    usual, longer = made(_USUAL), made(_LONG)
+    short = () if usual and longer and not kinked else made(_SHORT)
+    return short + usual + (longer if usual else ())
 
 
 def _holds(table: Table, evaluate: Callable) -> bool:
