@@ -87,9 +87,10 @@ def test_temporaries_in_fresh_processes(network):
     assert measured[0]["temporary"] < measured[-1]["temporary"]
 
 
+alone = hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1
 runtime_of_its_own = pytest.mark.xfail(
-    jax.__version_info__ >= (0, 12),
-    reason="JAX 0.12's runtime takes 28 MiB where the program's temporaries are 0.9",
+    jax.__version_info__ >= (0, 12) and alone,
+    reason="on one core JAX 0.12's runtime takes 28 MiB where the program's temporaries are 0.9",
     strict=True,
 )
 
