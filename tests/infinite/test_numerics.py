@@ -75,7 +75,7 @@ def dense(phi, depth, b_std=0.125):
 
 OTHERS = [
     pytest.param(name, marks=pytest.mark.slow)
-    for name in ("Abs", "LeakyRelu", "Gelu", "Mish", "SiLU", "Softplus", "Elu")
+    for name in ("Abs", "LeakyRelu", "Gelu", "Mish", "SiLU", "Softplus", "Elu", "Selu")
 ]
 
 

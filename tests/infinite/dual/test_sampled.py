@@ -1,4 +1,4 @@
-"""Large standard deviations in float32: series whose high terms are sampled, against quadrature."""
+"""Large standard deviations: series whose high terms are sampled, against quadrature."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from scipy.special import erfcx, ndtr
 
 from tangents import stax
-from tangents._infinite.dual import sampled
+from tangents._infinite.dual import hermite_functions, sampled, sampling
 from tangents._infinite.layers import nonlinearity_expanded as expanded
 
 _G0 = 1 / np.sqrt(2 * np.pi)
@@ -82,17 +82,19 @@ def given(dtype) -> tuple[jax.Array, ...]:
     return tuple(jnp.asarray(a, dtype) for a in arrays)
 
 
+@pytest.mark.parametrize("bound", [2e-6, 1e-12], ids=["single", "double"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_single_precision_against_quadrature(name):
+def test_against_quadrature(name, bound):
     form, make = FUNCTIONS[name]
-    args, expansion = given(jnp.float32), make()
-    got = jax.jit(functools.partial(expansion.dual, {}))(*args)
-    assert got.nngp.dtype == jnp.float32
+    with jax.enable_x64(bound < 1e-7):
+        args = given(jnp.float32 if bound > 1e-7 else jnp.float64)
+        got = jax.jit(functools.partial(make().dual, {}))(*args)
+    assert got.nngp.dtype == args[0].dtype
     # Where no gap is carried the correlation counts, to its last digit.
-    values, scales = exact(form, args, expansion.carries_gap)
+    values, scales = exact(form, args, got.gap12 is not None)
     for k in (0, 1):
         error = np.abs(np.asarray(got[k], np.float64) - values[:, k])
-        np.testing.assert_array_less(error, 2e-6 * scales[:, k])
+        np.testing.assert_array_less(error, bound * scales[:, k])
 
 
 def test_gap_does_not_cancel():
@@ -110,7 +112,7 @@ def test_gap_does_not_cancel():
 
 def test_derivatives_are_those_of_double_precision():
     jumps = tuple(_SELU[0] * j for j in (1 - _SELU[1], -_SELU[1], -_SELU[1]))
-    found = sampled.sampled(lambda x: _SELU[0] * jax.nn.elu(x, _SELU[1]), jumps)
+    found = sampling.sampled(lambda x: _SELU[0] * jax.nn.elu(x, _SELU[1]), jumps)
     assert found is not None
 
     def total(c, v1, v2, gap):
@@ -147,9 +149,40 @@ def test_large_inputs_of_a_network():
             assert np.isfinite(value) and np.all(np.isfinite(slope))
 
 
-def test_which_functions():
+@pytest.mark.parametrize("precision", [sampling.SINGLE, sampling.DOUBLE])
+def test_which_functions(precision):
     none = (0.0, 0.0, 0.0)
-    for fn in (jnp.tanh, jax.nn.softplus, jax.nn.silu, jax.nn.mish):
-        assert sampled.sampled(fn, none) is not None
-    for fn in (jnp.cos, jnp.arctan, lambda x: x * x, lambda x: jnp.tanh(x - 9)):
-        assert sampled.sampled(fn, none) is None
+    for fn in (jnp.tanh, jax.nn.softplus, jax.nn.silu, jax.nn.mish, jnp.arctan):
+        assert sampling.sampled(fn, none, precision) is not None
+    for fn in (jnp.cos, jnp.exp, lambda x: x * x, lambda x: jnp.tanh(x - 9)):
+        assert sampling.sampled(fn, none, precision) is None
+
+
+def test_hermite_functions_of_any_order():
+    """Phase and amplitude against the recurrence, at integers."""
+    z = np.linspace(0, 12, 99)
+    want = hermite_functions.first(z, 402)
+    for n in (64, 100, 256, 400):
+        sign = (-1) ** (n // 2)
+        got = [
+            hermite_functions.later(np.array([n + odd]), z[None], bool(odd))[0] for odd in (0, 1)
+        ]
+        np.testing.assert_allclose(got, sign * want[n : n + 2], rtol=0, atol=4e-15)
+
+
+@pytest.mark.parametrize("precision", [sampling.SINGLE, sampling.DOUBLE])
+def test_sums_of_sampled_orders(precision):
+    """A sum over all n against that of what is sampled."""
+    order, weight, _ = sampling.constants(precision)
+    bound = 1e-12 if precision == sampling.DOUBLE else 1e-6
+    for decay in (1e-5, 1e-2, 0.3):
+        n = np.arange(0, int(40 / decay))
+        for sign in (1, -1):
+            terms = (n + 3.0) ** -1.5 * np.exp(-decay * n)
+            turned = np.where(np.arange(len(order)) % 2, sign, 1.0)
+            sampled_even = len(order) - 2 * sampling.orders(precision)[0].size
+            turned[sampled_even:] = 1
+            turned[sampled_even + sampling.orders(precision)[0].size :] = sign
+            got = np.sum(weight * turned * (order + 3.0) ** -1.5 * np.exp(-decay * order))
+            want = np.sum(np.where(n % 2, sign, 1.0) * terms)
+            np.testing.assert_allclose(got, want, rtol=bound)

@@ -15,6 +15,7 @@ from tangents._infinite.barrier import made_once, made_together, taken_apart
 from tangents._infinite.dual import sampled, tabulated
 from tangents._infinite.dual.angle import norm, safe_sqrt
 from tangents._infinite.dual.prepared import Prepared, prepare
+from tangents._infinite.dual.sampling import Sampled
 from tangents._infinite.dual.tabulated import Sums, Table
 
 
@@ -28,7 +29,7 @@ class ByTables:
     """
 
     tables: tuple[Table, ...]
-    far: sampled.Sampled | None
+    far: Sampled | None
     series: Callable[..., tuple[Array, Array]]
     square: Callable[[Array], Array]
 
@@ -99,12 +100,8 @@ def _dual_jvp(of, primals, tangents):
         return nngp, slope, norm(of.square(side1), of.square(side2)) - jnp.abs(nngp)
 
     def beyond(cov12, var1, var2, side1, side2, *gap12):
-        gap = gap12[0] if gap12 else None
-        lost, slope, scales = sampled.sums(of.far, cov12, side1, side2, gap, carried=False)
-        nngp = scales[0] * scales[1] - lost
-        if not gap12:
-            return nngp, slope
-        return nngp, slope, jnp.where(nngp < 0, scales[0] * scales[1] + nngp, lost)
+        found = sampled.expectations(of.far, cov12, side1, side2, *gap12)
+        return found if gap12 else found[:2]
 
     def change(values: Callable, primals: Any, tangents: Any) -> Any:
         return jax.jvp(values, primals, tangents)[1]

@@ -43,17 +43,27 @@ import numpy as np
 
 from tangents._core import precision
 from tangents._core.typing import Array
-from tangents._infinite.dual import arc_cosine, by_tables, close, piecewise_linear, sampled
+from tangents._infinite.dual import (
+    arc_cosine,
+    by_tables,
+    close,
+    piecewise_linear,
+    power_series,
+    sampled,
+    sampling,
+)
 from tangents._infinite.dual.angle import norm, reciprocal, safe_sqrt, sine_squared
 from tangents._infinite.dual.form import Dual
 from tangents._infinite.dual.orthant import (
     density,
     mirrored,
+    moments,
     power_coefficients,
     ramps_and_steps,
     upper_tail,
 )
 from tangents._infinite.dual.prepared import Prepared
+from tangents._infinite.dual.sampling import Sampled
 from tangents._infinite.dual.single_precision import is_single
 from tangents._infinite.dual.tabulated import tables_of
 
@@ -61,10 +71,9 @@ Phi = Callable[[Any, Array], Array]
 
 _TERMS = {4: (16, 32, 64, 160, 640), 8: (64, 256, 1024)}  # by bytes of a number
 _REACH = {4: 7.0, 8: 10.0}  # of the quadrature, in standard deviations
+_OF_QUADRATICS = 4  # terms of a quadratic polynomial: 0, 1, 2
 _SMALL = {4: 1e-5, 8: 1e-13}  # share of the last quarter of the series that does not matter
 _ROUNDING = {4: 2e-6, 8: 1e-13}  # of a sum of squares
-_UNROLLED = 40
-_BLOCK = 16
 _CHUNK = 8192  # variances whose coefficients are computed at once
 
 
@@ -109,9 +118,22 @@ def _third_at_zero(kinks: Sequence[Kink]) -> Any:
     their products fall but by one power of n faster than those of the first jump alone.
     """
     bends = [k for k in kinks if not _none(k.jumps[1])]
-    if len(bends) != 1 or bends[0].place != 0.0 or _none(bends[0].jumps[3]):
+    if len(bends) != 1 or bends[0].place != 0.0 or _none(bends[0].jumps[3]) or _curved(kinks):
         return None
     return bends[0].jumps[3]
+
+
+def _curved(kinks: Sequence[Kink]) -> bool:
+    """Does the second derivative jump away from 0? Its jumps go with those of the first then."""
+    return any(k.place != 0.0 and not _none(k.jumps[2]) for k in kinks)
+
+
+def _turn(kinks: Sequence[Kink], place: float) -> int:
+    """Is a ramp taken from its place upwards, or -1: downwards?
+
+    Outwards there is little of it; but in a line and ramps (`_line_part`) all go upwards.
+    """
+    return -1 if place < 0 and _curved(kinks) else 1
 
 
 # ---- coefficients --------------------------------------------------------------------------------
@@ -159,10 +181,12 @@ def _smooth_values(phi: Phi, hyper: Any, kinks: Sequence[Kink], x: Array) -> tup
     for place, (jump, bend, curve, _) in kinks:
         if place == 0.0:
             continue
-        beyond = jnp.maximum(x - place, zero)
-        side = (x > place).astype(x.dtype)
-        value = value - jump * side - bend * beyond - curve * (beyond * beyond / 2)
-        slope = slope - bend * side - curve * beyond
+        turn = _turn(kinks, place)
+        beyond = jnp.maximum(turn * (x - place), zero)
+        side = (turn * (x - place) > 0).astype(x.dtype)
+        arch = turn * curve * (beyond * beyond / 2)
+        value = value - jump * (x > place).astype(x.dtype) - bend * beyond - arch
+        slope = slope - turn * bend * side - curve * beyond
     return value, slope
 
 
@@ -192,27 +216,31 @@ def _flat_coefficients(phi, hyper, kinks, parity, terms, var) -> _Side:
     a, b = dot(value, weighted), dot(slope, weighted)
     kink_a, kink_b, bend0 = jnp.zeros_like(a), jnp.zeros_like(a), None
     away = jnp.maximum(sigma, float(np.sqrt(jnp.finfo(var.dtype).tiny)) ** 0.5)
-    third = _third_at_zero(kinks)
+    third, curved = _third_at_zero(kinks), _curved(kinks)
     for place, (jump, bend, curve, _) in kinks:
-        h = place / away if place else jnp.zeros((1,), var.dtype)
-        power = functools.cache(lambda m, h=h: power_coefficients(h, m, terms))
-        if place != 0.0:
-            if not _none(jump):
-                a = a + jump * power(0)
-            if not _none(curve):
-                a, b = a + curve * away**2 * power(2), b + curve * away * power(1)
+        turn = _turn(kinks, place)
+        h = turn * place / away if place else jnp.zeros((1,), var.dtype)
+        turns = jnp.asarray(turn ** np.arange(terms), var.dtype)[:, None]
+        power = functools.cache(lambda m, h=h, turns=turns: turns * power_coefficients(h, m, terms))
+        if place != 0.0 and not _none(jump):
+            a = a + jump * power(0)
+        parts = []
         if not _none(bend):
-            ramps, steps = bend * away * power(1), bend * power(0)
-            if third is not None:
-                ramps = ramps + third * away**3 * power(3)
-                steps = steps + third * away**2 * power(2)
+            parts.append((bend * away * power(1), turn * bend * power(0)))
+        if not _none(bend) and third is not None:
+            parts.append((third * away**3 * power(3), third * away**2 * power(2)))
+        if not _none(curve):
+            arches = turn * curve * away**2 * power(2), curve * away * power(1)
+            if curved:
+                parts.append(arches)
+            else:
+                bend0 = arches
+        for ramps, steps in parts:
             kink_a, kink_b = kink_a + ramps, kink_b + steps
             if place != 0.0:
                 a, b = a + ramps, b + steps
-        if place == 0.0 and not _none(curve):
-            bend0 = curve * away**2 * power(2), curve * away * power(1)
     values, slopes = [a], [b]
-    if any(not _none(k.jumps[1]) for k in kinks):
+    if curved or any(not _none(k.jumps[1]) for k in kinks):
         values.append(kink_a)
         slopes.append(kink_b)
     if bend0 is not None:
@@ -244,85 +272,6 @@ def _with_rest(a: Array, value: Array, w: Array, parity: int | None, terms: int)
     return jnp.concatenate([a, jnp.stack(rest)])
 
 
-# ---- the series ----------------------------------------------------------------------------------
-
-
-class _Form(NamedTuple):
-    """Exponents start, start + step, ...; `falling`: times n (n-1) ..., a derivative of that order.
-
-    The first product of coefficients is added, the others are subtracted.
-    """
-
-    start: int
-    step: int
-    falling: int = 0
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _series(form: _Form, one: tuple[Array, ...], two: tuple[Array, ...], rho: Array) -> Array:
-    """sum_n one_n two_n n (n-1) ... rho^(n - falling)."""
-    return _sum(form, one, two, rho)
-
-
-@_series.defjvp
-def _series_jvp(form, primals, tangents):
-    # The change of the coefficients goes through the plain sum: it is linear, and keeps nothing
-    # but rho for reverse mode.
-    one, two, rho = primals
-    d_one, d_two, d_rho = tangents
-    slope = _series(form._replace(falling=form.falling + 1), one, two, rho)
-    change = slope * d_rho + _sum(form, d_one, two, rho) + _sum(form, one, d_two, rho)
-    return _series(form, one, two, rho), change
-
-
-def _sum(form: _Form, one: tuple[Array, ...], two: tuple[Array, ...], rho: Array) -> Array:
-    exponents = np.asarray(range(form.start, form.start + form.step * len(one[0]), form.step))
-    keep = np.flatnonzero(exponents >= form.falling)
-    if not len(keep):
-        return jnp.zeros_like(rho)
-    factors = np.asarray([float(math.perm(int(n), form.falling)) for n in exponents[keep]])
-    shape = (len(keep),) + (1,) * (one[0].ndim - 1)
-    factors = jnp.asarray(factors, rho.dtype).reshape(shape)
-    first = int(keep[0])
-    left = [(1 if i == 0 else -1) * factors * c[first:] for i, c in enumerate(one)]
-    right = [c[first:] for c in two]
-    base = rho if form.step == 1 else rho * rho
-    total = _horner(left, right, base)
-    start = int(exponents[first]) - form.falling
-    return total if start == 0 else total * rho**start
-
-
-def _term(left, right, n) -> Array:
-    total = left[0][n] * right[0][n]
-    for a, b in zip(left[1:], right[1:], strict=True):
-        total = total + a[n] * b[n]
-    return total
-
-
-def _horner(left: list[Array], right: list[Array], base: Array) -> Array:
-    # Made once: fused into the sum over pairs they would be made again for each pair.
-    left, right = jax.lax.optimization_barrier(left), jax.lax.optimization_barrier(right)
-    terms = left[0].shape[0]
-    total = jnp.zeros(jnp.broadcast_shapes(left[0].shape[1:], right[0].shape[1:], base.shape))
-    total = total.astype(base.dtype)
-    if terms <= _UNROLLED:
-        for n in reversed(range(terms)):
-            total = total * base + _term(left, right, n)
-        return total
-    pad = -terms % _BLOCK
-
-    def blocks(c):
-        c = jnp.concatenate([c, jnp.zeros((pad, *c.shape[1:]), c.dtype)])
-        return c.reshape(((terms + pad) // _BLOCK, _BLOCK, *c.shape[1:]))
-
-    def add(total, block):
-        for n in reversed(range(_BLOCK)):
-            total = total * base + _term(block[0], block[1], n)
-        return total, None
-
-    return jax.lax.scan(add, total, ([*map(blocks, left)], [*map(blocks, right)]), reverse=True)[0]
-
-
 # ---- the dual ------------------------------------------------------------------------------------
 
 
@@ -349,6 +298,8 @@ def _closed_part(kinks: Sequence[Kink], cov12, var1, var2, side1, side2, gap12) 
             return mirrored(products(-b, -c), rho, h, k)
         return ramps_and_steps(rho, sine, b / away1, c / away2)
 
+    if _curved(kinks):
+        return _arches(kinks, (rho, sine), (away1, away2), pair)
     bends = [(k.place, k.jumps[1]) for k in kinks if not _none(k.jumps[1])]
     for b, jump1 in bends:
         for c, jump2 in bends:
@@ -371,6 +322,34 @@ def _closed_part(kinks: Sequence[Kink], cov12, var1, var2, side1, side2, gap12) 
             square = curve * curve
             value = value + square / 4 * arc_cosine._half_moment(2, pair)
             slope = slope + square * arc_cosine._half_moment(1, pair)
+    return value, slope
+
+
+def _arches(kinks: Sequence[Kink], legs, sds, pair) -> tuple[Any, Any]:
+    """As `_closed_part`, of jumps of the first and of the second derivative together.
+
+    legs: cosine and sine. sds: of both sides. pair: of arc-cosine kernels.
+    """
+    sd1, sd2 = sds
+    value, slope = jnp.zeros_like(legs[0]), jnp.zeros_like(legs[0])
+    both = [k for k in kinks if not (_none(k.jumps[1]) and _none(k.jumps[2]))]
+    for b, (_, bend1, curve1, _) in both:
+        for c, (_, bend2, curve2, _) in both:
+            turn1, turn2 = _turn(kinks, b), _turn(kinks, c)
+            here = turn1 * turn2 * legs[0], legs[1]
+            h, k = (abs(p) / sd + 0 * legs[0] for p, sd in ((b, sd1), (c, sd2)))
+            if b == c == 0.0:
+                ramps, steps = (arc_cosine._half_moment(m, pair) for m in (1, 0))
+                m = moments((ramps / (sd1 * sd2), steps), *here, h, k)
+            else:
+                m = moments(ramps_and_steps(*here, h, k), *here, h, k)
+            # phi is bend ramp + turn curve ramp^2 / 2, phi' turn bend step + curve ramp.
+            bends, arches = bend1 * bend2, curve1 * curve2 * (sd1 * sd2)
+            one, two = turn1 * curve1 * bend2 * sd1, turn2 * bend1 * curve2 * sd2
+            turns = turn1 * turn2
+            of_value = bends * m.m11 + turns * arches / 4 * m.m22 + (one * m.m21 + two * m.m12) / 2
+            value = value + sd1 * sd2 * of_value
+            slope = slope + turns * (bends * m.m00 + one * m.m10 + two * m.m01) + arches * m.m11
     return value, slope
 
 
@@ -422,7 +401,18 @@ def expand(
     """
 
     def levels_of(array: Array) -> tuple[int, ...]:
-        return _TERMS[array.dtype.itemsize] if terms is None else (terms,)
+        itemsize = array.dtype.itemsize
+        if terms is None and is_quadratic(itemsize):
+            return (_OF_QUADRATICS,)
+        return _TERMS[itemsize] if terms is None else (terms,)
+
+    @functools.cache
+    def is_quadratic(itemsize: int) -> bool:
+        """Is phi a quadratic polynomial between kinks? Then the series without them ends."""
+        if not tabulated:
+            return False
+        tolerance = piecewise_linear.STRAIGHT[itemsize]
+        return piecewise_linear.is_piecewise_quadratic(lambda x: phi({}, x), kinks({}), tolerance)
 
     @functools.cache
     def form(itemsize: int) -> piecewise_linear.PiecewiseLinear | None:
@@ -442,8 +432,9 @@ def expand(
         two = one if side2 is side1 else make(side2)
         rho = _clip(cov12 * reciprocal(norm(side1, side2)))
         step_ = 1 if parity is None else 2
-        value = _series(_Form(parity or 0, step_), one.value, two.value, rho)
-        slope = _series(_Form(slope_parity or 0, step_), one.slope, two.slope, rho)
+        forms = [power_series.Form(p or 0, step_) for p in (parity, slope_parity)]
+        value = power_series.total(forms[0], one.value, two.value, rho)
+        slope = power_series.total(forms[1], one.slope, two.slope, rho)
         return value, slope
 
     def switched(hyper, levels, cov12, var1, var2, side1, side2) -> tuple[Array, Array]:
@@ -475,35 +466,83 @@ def expand(
             value, slope = value + more, slope + steeper
         return value, slope
 
-    def with_gap(hyper, cov12, var1, var2, side1, side2, gap12=None) -> tuple[Any, ...]:
+    def with_gap(
+        hyper, cov12, var1, var2, side1, side2, gap12=None, levels=None
+    ) -> tuple[Any, ...]:
         """Both expectations, E[phi^2]^(1/2) of both sides, and the gap if the slope jumps."""
         args = cov12, var1, var2, side1, side2
         ks = tuple(kinks(hyper))
         if all(_none(k.jumps[1]) for k in ks):
             gap12 = None
-        both = series(hyper, levels_of(cov12), *args, gap12)
+        both = series(hyper, levels or levels_of(cov12), *args, gap12)
         sds = safe_sqrt(side1), safe_sqrt(side2)
         one, two = (close.ends_of(functools.partial(phi, hyper), ks, sd) for sd in sds)
         gap = None if gap12 is None else close.gap_after(one, two, *sds, (cov12, gap12), both)
         return *both, (one.size, two.size), gap
 
-    @functools.cache
-    def table() -> by_tables.ByTables | None:
-        """Of a function smooth apart from 0, whose tables hold it."""
+    def jumps_at_zero() -> tuple[Any, Any, Any] | None:
+        """Of the first three derivatives, of a function smooth apart from 0."""
         ks = tuple(kinks({}))
         if any(k.place != 0.0 or not _none(k.jumps[0]) for k in ks):
             return None
-        found = tables_of(lambda x: phi({}, x), bool(ks))
-        if not found:
+        return ks[0].jumps[1:] if ks else (0.0, 0.0, 0.0)
+
+    @functools.cache
+    def table() -> by_tables.ByTables | None:
+        """Of a function smooth apart from 0, whose tables hold it."""
+        jumps = jumps_at_zero()
+        found = () if jumps is None else tables_of(lambda x: phi({}, x), bool(kinks({})))
+        if jumps is None or not found:
             return None
-        jumps = ks[0].jumps[1:] if ks else (0.0, 0.0, 0.0)
-        far = sampled.sampled(lambda x: phi({}, x), jumps)
+        far = sampling.sampled(lambda x: phi({}, x), jumps)
 
         def of_series(cov12, *others, longest=False):
             levels = levels_of(cov12)
             return series({}, levels[-1:] if longest else levels, cov12, *others)
 
         return by_tables.ByTables(found, far, of_series, square)
+
+    @functools.cache
+    def in_samples() -> tuple[float, Sampled] | None:
+        """In double precision: from which deviation on terms are sampled, if they are.
+
+        Of a function with a kink always: the series without its kinks still falls like a power.
+        """
+        jumps = jumps_at_zero()
+        if not tabulated or terms is not None or jumps is None or form(8) is not None:
+            return None
+        found = sampling.sampled(lambda x: phi({}, x), jumps, sampling.DOUBLE)
+        if found is None or kinks({}):
+            return None if found is None else (0.0, found)
+        sd, number = np.geomspace(0.1, 10, 61), _TERMS[8][-2]
+        with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+            side = _coefficients(phi, {}, (), parity, number, jnp.asarray(sd**2))
+            rough = np.asarray(_rough(side, parity, number) > _SMALL[8])
+        return float(np.min(sd[rough], initial=sd[-1])), found
+
+    def in_double(args: tuple[Array, Array, Array, Array, Array], gap12) -> Dual:
+        """Without hyperparameters."""
+        samples = in_samples()
+
+        def summed(args, gap12, levels=None):
+            value, slope, _, gap = with_gap({}, *args, gap12=gap12, levels=levels)
+            return Dual(value, slope, gap)
+
+        if samples is None:
+            return summed(args, gap12)
+        reach, found = samples
+
+        def far(args, gap12):
+            cov12, _, _, side1, side2 = args
+            extra = () if gap12 is None else (gap12,)
+            value, slope, gap = sampled.dual(found, cov12, side1, side2, *extra)
+            return Dual(value, slope, gap if extra and found.jumps[0] else None)
+
+        if not reach:
+            return far(args, gap12)
+        near = functools.partial(summed, levels=_TERMS[8][-2:-1])
+        reached = by_tables.largest_of(*args[3:]) <= reach**2
+        return jax.lax.cond(reached, near, far, args, gap12)
 
     def prepare(*sides: Array) -> Prepared | None:
         if not is_single(sides[0]):
@@ -524,6 +563,8 @@ def expand(
             exact = functools.partial(with_gap, {})
             return Dual(*piecewise_linear.dual(straight, exact, prepared, *args, *extra))
         found = table() if tabulated and is_single(cov12) else None
+        if tabulated and not is_single(cov12):
+            return in_double(args, gap12)
         if found is None:
             value, slope, _, gap = with_gap(hyper, *args, gap12)
             return Dual(value, slope, gap)

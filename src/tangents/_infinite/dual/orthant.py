@@ -15,7 +15,11 @@ for |a| <= 1 a Gauss-Legendre rule on [0, a] converges by a factor of 21 with ea
 is, and T(h, p/h) + T(p, h/p) is known for the others. F follows by partial integration,
 
     F = (rho + h k) L - k g(h) Q(p) - h g(k) Q(q) + s g2(h, k),    g the density,
-    s g2(h, k) = s / 2pi exp(-(h^2 + p^2) / 2).
+    s g2(h, k) = s / 2pi exp(-(h^2 + p^2) / 2),
+
+and all M_ij = E[(z1 - h)_+^i (z2 - k)_+^j] by the same (E[z1 f] = E[df/dz1] + rho E[df/dz2]):
+
+    M_ij = (i - 1) M_(i-2)j - h M_(i-1)j + rho j M_(i-1)(j-1),    i > 1.
 """
 
 from __future__ import annotations
@@ -120,6 +124,73 @@ def mirrored(
     mean_h, mean_k = density(h) - h * above_h, density(k) - k * above_k  # E[(z - h)_+]
     ramp = ramp + h * k + h * mean_k + k * mean_h + cosine * (1 - above_h - above_k)
     return ramp, step + (1 - above_h - above_k)
+
+
+class Moments(NamedTuple):
+    """M_ij of the head of this file."""
+
+    m00: Array
+    m01: Array
+    m10: Array
+    m11: Array
+    m12: Array
+    m21: Array
+    m22: Array
+
+
+class _Edges(NamedTuple):
+    """Times the density at h: P(z2 > k) and E[(z2 - k)_+] where z1 = h; then the same at k."""
+
+    cut1: Array
+    tail1: Array
+    cut2: Array
+    tail2: Array
+
+
+def _edges(cosine: Array, sine: Array, h: Array, k: Array) -> _Edges:
+    p, q = _legs(Pair(cosine, sine), h, k)
+    cut1, cut2 = density(h) * upper_tail(p), density(k) * upper_tail(q)
+    both = sine * density(h) * density(p)
+    # k - rho h and h - rho k, also where p and q are infinite.
+    sign, closer = (
+        jnp.where(cosine < 0, -1, 1).astype(sine.dtype),
+        sine * sine / (1 + jnp.abs(cosine)),
+    )
+    apart = k - sign * h
+    leg1, leg2 = apart + sign * h * closer, -sign * apart + sign * k * closer
+    return _Edges(cut1, both - leg1 * cut1, cut2, both - leg2 * cut2)
+
+
+@jax.custom_jvp
+def moments(
+    products: tuple[Array, Array], cosine: Array, sine: Array, h: Array, k: Array
+) -> Moments:
+    """All of them from F and L, of any thresholds; the sine is a function of the cosine."""
+    ramp, step = products
+    edges = _edges(cosine, sine, h, k)
+    m10 = edges.cut1 + cosine * edges.cut2 - h * step
+    m01 = edges.cut2 + cosine * edges.cut1 - k * step
+    m02 = step - k * m01 + cosine * edges.tail1
+    m12, m21 = m10 - k * ramp + cosine * m01, m01 - h * ramp + cosine * m10
+    return Moments(step, m01, m10, ramp, m12, m21, m02 - h * m12 + 2 * cosine * ramp)
+
+
+@moments.defjvp
+def _moments_jvp(primals, tangents):
+    _, cosine, sine, h, k = primals
+    _, d_cosine, _, d_h, d_k = tangents
+    m = moments(*primals)
+    edges = _edges(cosine, sine, h, k)
+    m20 = m.m00 - h * m.m10 + cosine * edges.tail2
+    m02 = m.m00 - k * m.m01 + cosine * edges.tail1
+    positive = sine > 0
+    inverse = jnp.where(positive, 1 / jnp.where(positive, sine, 1), 0)
+    p, _ = _legs(Pair(cosine, sine), h, k)
+    peak = density(h) * density(p) * inverse
+    in_cosine = Moments(peak, edges.cut1, edges.cut2, m.m00, 2 * m.m01, 2 * m.m10, 4 * m.m11)
+    in_h = Moments(edges.cut1, edges.tail1, m.m00, m.m01, m02, 2 * m.m11, 2 * m.m12)
+    in_k = Moments(edges.cut2, m.m00, edges.tail2, m.m10, 2 * m.m11, m20, 2 * m.m21)
+    return m, jax.tree.map(lambda a, b, c: a * d_cosine - b * d_h - c * d_k, in_cosine, in_h, in_k)
 
 
 # ---- Hermite coefficients of truncated powers ----------------------------------------------------

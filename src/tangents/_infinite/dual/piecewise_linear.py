@@ -100,18 +100,8 @@ def form_of(
     """
     if not kinks or any(jumps[0] or jumps[2] or jumps[3] for _, jumps in kinks):
         return None
-    near = 4 * max(1.0, *(abs(place) for place, _ in kinks))
-    far = np.geomspace(near, _FAR * near, 64)
-    x = np.concatenate([np.linspace(-near, near, 4097), far, -far])
-    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        y = np.asarray(jax.jit(fn)(jnp.asarray(x)), np.float64)
-    if not np.all(np.isfinite(y)):
-        return None
-    rest = y - sum(jumps[1] * _ramp(x, place) for place, jumps in kinks)
-    found = np.polynomial.polynomial.polyfit(x[:4097], rest[:4097], 1)
-    error = np.abs(rest - np.polynomial.polynomial.polyval(x, found))
-    size = np.max(np.abs(y[:4097]))
-    if not np.all(error <= tolerance * np.maximum(size, np.abs(y))):
+    found, size = _rest(fn, kinks, tolerance, 1)
+    if found is None:
         return None
     constant, linear = (float(c) if abs(c) > _ROUNDING * size else 0.0 for c in found)
     bend = sum(float(jumps[1]) for place, jumps in kinks if place == 0)
@@ -123,6 +113,43 @@ def form_of(
     if abs(above) <= _ROUNDING * max(abs(linear), abs(bend)):
         above = 0.0
     return PiecewiseLinear(constant, linear, above, tuple(places), upper, lower)
+
+
+def is_piecewise_quadratic(
+    fn: Callable[[Any], Any],
+    kinks: Sequence[tuple[float, Sequence[float]]],
+    tolerance: float,
+) -> bool:
+    """Is `fn` a quadratic polynomial between kinks? Arguments as in `form_of`."""
+    if not kinks or any(jumps[0] or jumps[3] for _, jumps in kinks):
+        return False
+    return _rest(fn, kinks, tolerance, 2)[0] is not None
+
+
+def _rest(
+    fn: Callable[[Any], Any],
+    kinks: Sequence[tuple[float, Sequence[float]]],
+    tolerance: float,
+    degree: int,
+) -> tuple[np.ndarray | None, float]:
+    """The polynomial that is left without kinks, if it is one, and the largest value nearby."""
+    near = 4 * max(1.0, *(abs(place) for place, _ in kinks))
+    far = np.geomspace(near, _FAR * near, 64)
+    x = np.concatenate([np.linspace(-near, near, 4097), far, -far])
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+        y = np.asarray(jax.jit(fn)(jnp.asarray(x)), np.float64)
+    if not np.all(np.isfinite(y)):
+        return None, 0.0
+    ramps = [(_ramp(x, place), place, jumps) for place, jumps in kinks]
+    parts = [jumps[1] * ramp for ramp, _, jumps in ramps]
+    # A ramp inwards differs by a line, and with another sign its square by a polynomial.
+    parts += [(-1 if place < 0 else 1) * jumps[2] / 2 * r**2 for r, place, jumps in ramps]
+    rest = y - sum(parts)
+    found = np.polynomial.polynomial.polyfit(x[:4097], rest[:4097], degree)
+    error = np.abs(rest - np.polynomial.polynomial.polyval(x, found))
+    size = float(np.max(np.abs(y[:4097])))
+    sizes = np.max(np.abs(np.stack([y, *parts])), 0) if degree > 1 else np.abs(y)
+    return (found, size) if np.all(error <= tolerance * np.maximum(size, sizes)) else (None, size)
 
 
 def _ramp(x: np.ndarray, place: float) -> np.ndarray:
