@@ -69,6 +69,19 @@ class Fit(NamedTuple):
 
 
 FITS = Fit(1.75, 10), Fit(4.0, 12)
+_SHORTER = Fit(0.75, 8), Fit(1.0, 9)  # as exact as the first, of places further out
+_USUAL = 1.75  # deviations that the first of `fits` reaches where no kink is close to 0
+
+
+def fit_for(reach: float) -> Fit:
+    """The shortest polynomials that reach so far, in units of a place."""
+    return next(fit for fit in (*_SHORTER, *FITS) if fit.reach >= reach * (1 - 1e-6))
+
+
+def fits(place: float) -> tuple[Fit, Fit]:
+    """Of growing reach, for a function whose least place is this; each is compiled."""
+    short, long = FITS
+    return fit_for(min(_USUAL / place, short.reach)), long
 
 
 # ---- on the host ---------------------------------------------------------------------------------

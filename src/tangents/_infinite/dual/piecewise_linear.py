@@ -233,7 +233,10 @@ def _side(fn: PiecewiseLinear, fit: corners.Fit, sd: Array) -> _Side:
         tail, g = upper_tail(p / away), density(p / away)
         slope = slope + (fn.below * (up - low) - fn.bend * low) * tail
         value = value + fn.constant * (up + low) * (sd * g - p * tail)
-    kinks = tuple(corners.side(fit, p, away, bool(fn.bend)) for p in fn.places)
+    reach = fit.reach * min(fn.places)
+    fits = [corners.fit_for(reach / p) for p in fn.places]  # places further out take shorter ones
+    pairs = zip(fits, fn.places, strict=True)
+    kinks = tuple(corners.side(own, p, away, bool(fn.bend)) for own, p in pairs)
     return _Side(sd, kinks, slope, value, *_ends(fn, sd))
 
 
@@ -406,16 +409,20 @@ def _near(fn: PiecewiseLinear, one: _Side, two: _Side, pair: _Pair, base: _Parts
     return jnp.maximum(jnp.where(closer, least, near), 0)
 
 
+def _fits(fn: PiecewiseLinear) -> tuple[corners.Fit, corners.Fit]:
+    return corners.fits(min(fn.places, default=math.inf))
+
+
 def _level(fn: PiecewiseLinear, side1: Array, side2: Array) -> Array:
-    """Which of `corners.FITS` reaches; their number: none does."""
+    """Which of `_fits` reaches; their number: none does."""
     largest = jnp.maximum(jnp.max(side1, initial=0), jnp.max(side2, initial=0))
-    reaches = [(fit.reach * min(fn.places, default=math.inf)) ** 2 for fit in corners.FITS]
+    reaches = [(fit.reach * min(fn.places, default=math.inf)) ** 2 for fit in _fits(fn)]
     return sum(((largest > r).astype(jnp.int32) for r in reaches), start=jnp.int32(0))
 
 
 def prepare_sides(fn: PiecewiseLinear, *sides: Array) -> Prepared:
     """What belongs to one side each."""
-    forms = [functools.partial(features, fn, fit) for fit in corners.FITS]
+    forms = [functools.partial(features, fn, fit) for fit in _fits(fn)]
     return prepare(forms, _level(fn, sides[0], sides[-1]), sides)
 
 
@@ -424,7 +431,7 @@ def dual(fn: PiecewiseLinear, exact: Callable, prepared, cov12, var1, var2, side
     """Nngp, d_nngp and, if given, the gap, in single precision.
 
     exact: `(cov12, var1, var2, side1, side2, gap12) -> (nngp, d_nngp, (k1, k2), gap)` for
-      deviations beyond all `corners.FITS`. Derivatives are its.
+      deviations beyond all `_fits`. Derivatives are its.
     prepared: of both sides, by `prepare_sides`, or None.
     """
     gap = gap12[0] if gap12 else None
@@ -445,7 +452,7 @@ def dual(fn: PiecewiseLinear, exact: Callable, prepared, cov12, var1, var2, side
         return Sums(made_together(near, slope), scales)
 
     args = prepared, cov12, var1, var2, side1, side2, gap
-    branches = [functools.partial(near, fit) for fit in corners.FITS]
+    branches = [functools.partial(near, fit) for fit in _fits(fn)]
     if fn.places:
         level = _level(fn, side1, side2) if prepared is None else prepared.level
         pair, scales = jax.lax.switch(level, [*branches, far], *args)
