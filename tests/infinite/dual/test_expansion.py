@@ -183,6 +183,24 @@ def test_functions_with_kinks_against_quadrature(name, x64):
             assert abs(float(value) - exact) <= root * bound * scale, (c, v1, v2)
 
 
+@pytest.mark.parametrize("name", quick(["Huber", "hard swish"], ("Huber",)))
+def test_functions_with_arches_at_any_deviation(name):
+    """float32 against float64: ramps squared, which grow like variances, must not cancel."""
+    rho = np.array([0.5, -0.3, 0.9, 1.0])
+    node = stax.Elementwise(KINKED[name][0]).node
+    compiled = [jax.jit(lambda *pair: node.kernel.dual(node.hyper, *pair)[:2]) for _ in range(2)]
+    for sd in (0.1, 1.0, 3.0, 3.9, 4.5, 12.5, 30.0, 100.0):
+        found = []
+        for x64, of in zip((False, True), compiled, strict=True):
+            with jax.enable_x64(x64):
+                args = rho * sd**2, sd**2 * np.ones(4), sd**2 * np.ones(4)
+                found.append(np.asarray(of(*(jnp.asarray(a, float) for a in args)), np.float64))
+        (nngp, slope), (exact, exact_slope) = found
+        np.testing.assert_array_less(np.abs(nngp - exact), 1e-5 * exact[-1])
+        # At equal inputs rounding of the covariance moves a step by its root.
+        np.testing.assert_array_less(np.abs(slope - exact_slope)[:-1], 5e-5 * exact_slope[-1])
+
+
 def test_smooth_functions_have_no_breakpoints():
     for fn in (jnp.tanh, jax.nn.softplus, jax.nn.gelu, jnp.sin, lambda x: jnp.tanh(30 * x)):
         assert breakpoints(fn) == ()

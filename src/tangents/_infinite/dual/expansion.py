@@ -16,18 +16,15 @@ Here jumps are taken out: with phi = ... + sum_b J_b (x - b)_+ and k_n the coeff
 
     E[phi(u) phi(v)] = sum_n (a_n a_n - k_n k_n) rho^n + sum_bc J_b J_c E[(u - b)_+ (v - c)_+],
 
-with the last expectation in closed form (`orthant.py`, for b = c = 0 `arc_cosine.py`). At 0 jumps
-of the second derivative are taken out likewise, and of the third where the slope jumps too:
-
-    E[u_+ v_+^3] = 3 var2 (E[u_+ v_+] - s sin(theta)^3 / 6 pi),   s = sqrt(var1 var2),
-    E[1(u > 0) v_+^2] = var2 (P(u, v > 0) + sin(theta) cos(theta) / 2 pi).
-
-What is left over falls fast again.
+with the last expectation in closed form, and jumps of the second derivative likewise (`kinks.py`).
+What is left over falls fast again; where phi is quadratic between kinks it is a polynomial.
 
 The number of terms is the smallest of a few for which the last quarter of the series does not
 matter at the largest variance there is (a decision of the running program). `truncation` says what
 is left at the largest number. For a phi without kinks that rest is added at its size, as one more
 even and one more odd power: so the diagonal is right, and the kernel positive semidefinite, always.
+In double precision functions smooth apart from 0 have all terms there are (`sampled.py`), and this
+series only where they have no kink and its 256 terms do.
 """
 
 from __future__ import annotations
@@ -44,7 +41,6 @@ import numpy as np
 from tangents._core import precision
 from tangents._core.typing import Array
 from tangents._infinite.dual import (
-    arc_cosine,
     by_tables,
     close,
     piecewise_linear,
@@ -52,16 +48,20 @@ from tangents._infinite.dual import (
     sampled,
     sampling,
 )
-from tangents._infinite.dual.angle import norm, reciprocal, safe_sqrt, sine_squared
+from tangents._infinite.dual.angle import norm, reciprocal, safe_sqrt
 from tangents._infinite.dual.form import Dual
-from tangents._infinite.dual.orthant import (
-    density,
-    mirrored,
-    moments,
-    power_coefficients,
-    ramps_and_steps,
-    upper_tail,
+from tangents._infinite.dual.kinks import (
+    Kink,
+    Together,
+    clip,
+    closed_part,
+    curved,
+    is_none,
+    line_part,
+    third_at_zero,
+    turn_of,
 )
+from tangents._infinite.dual.orthant import power_coefficients
 from tangents._infinite.dual.prepared import Prepared
 from tangents._infinite.dual.sampling import Sampled
 from tangents._infinite.dual.single_precision import is_single
@@ -72,16 +72,10 @@ Phi = Callable[[Any, Array], Array]
 _TERMS = {4: (16, 32, 64, 160, 640), 8: (64, 256, 1024)}  # by bytes of a number
 _REACH = {4: 7.0, 8: 10.0}  # of the quadrature, in standard deviations
 _OF_QUADRATICS = 4  # terms of a quadratic polynomial: 0, 1, 2
+_TOGETHER = 4.0  # deviation over the nearest place, at most, for `Together` in single precision
 _SMALL = {4: 1e-5, 8: 1e-13}  # share of the last quarter of the series that does not matter
 _ROUNDING = {4: 2e-6, 8: 1e-13}  # of a sum of squares
 _CHUNK = 8192  # variances whose coefficients are computed at once
-
-
-class Kink(NamedTuple):
-    """Jumps of phi, phi', ... at a place; each may be a tracer, and a float 0 is no jump."""
-
-    place: float
-    jumps: tuple[Any, Any, Any, Any]
 
 
 class Expansion(NamedTuple):
@@ -105,35 +99,6 @@ class Expansion(NamedTuple):
     truncation: Callable[[Any, Array], Array]
     carries_gap: bool
     prepare: Callable[..., Prepared | None] | None
-
-
-def _none(jump: Any) -> bool:
-    return isinstance(jump, float) and jump == 0.0
-
-
-def _third_at_zero(kinks: Sequence[Kink]) -> Any:
-    """The jump of the third derivative at 0, where phi' jumps there and nowhere else; else None.
-
-    Coefficients of the first and third jump are of one parity, so they meet in the series, and
-    their products fall but by one power of n faster than those of the first jump alone.
-    """
-    bends = [k for k in kinks if not _none(k.jumps[1])]
-    if len(bends) != 1 or bends[0].place != 0.0 or _none(bends[0].jumps[3]) or _curved(kinks):
-        return None
-    return bends[0].jumps[3]
-
-
-def _curved(kinks: Sequence[Kink]) -> bool:
-    """Does the second derivative jump away from 0? Its jumps go with those of the first then."""
-    return any(k.place != 0.0 and not _none(k.jumps[2]) for k in kinks)
-
-
-def _turn(kinks: Sequence[Kink], place: float) -> int:
-    """Is a ramp taken from its place upwards, or -1: downwards?
-
-    Outwards there is little of it; but in a line and ramps (`_line_part`) all go upwards.
-    """
-    return -1 if place < 0 and _curved(kinks) else 1
 
 
 # ---- coefficients --------------------------------------------------------------------------------
@@ -181,7 +146,7 @@ def _smooth_values(phi: Phi, hyper: Any, kinks: Sequence[Kink], x: Array) -> tup
     for place, (jump, bend, curve, _) in kinks:
         if place == 0.0:
             continue
-        turn = _turn(kinks, place)
+        turn = turn_of(kinks, place)
         beyond = jnp.maximum(turn * (x - place), zero)
         side = (turn * (x - place) > 0).astype(x.dtype)
         arch = turn * curve * (beyond * beyond / 2)
@@ -216,31 +181,33 @@ def _flat_coefficients(phi, hyper, kinks, parity, terms, var) -> _Side:
     a, b = dot(value, weighted), dot(slope, weighted)
     kink_a, kink_b, bend0 = jnp.zeros_like(a), jnp.zeros_like(a), None
     away = jnp.maximum(sigma, float(np.sqrt(jnp.finfo(var.dtype).tiny)) ** 0.5)
-    third, curved = _third_at_zero(kinks), _curved(kinks)
+    third, joint = third_at_zero(kinks), isinstance(kinks, Together)
     for place, (jump, bend, curve, _) in kinks:
-        turn = _turn(kinks, place)
+        turn = turn_of(kinks, place)
         h = turn * place / away if place else jnp.zeros((1,), var.dtype)
         turns = jnp.asarray(turn ** np.arange(terms), var.dtype)[:, None]
         power = functools.cache(lambda m, h=h, turns=turns: turns * power_coefficients(h, m, terms))
-        if place != 0.0 and not _none(jump):
+        if place != 0.0 and not is_none(jump):
             a = a + jump * power(0)
         parts = []
-        if not _none(bend):
+        if not is_none(bend):
             parts.append((bend * away * power(1), turn * bend * power(0)))
-        if not _none(bend) and third is not None:
+        if not is_none(bend) and third is not None:
             parts.append((third * away**3 * power(3), third * away**2 * power(2)))
-        if not _none(curve):
+        if not is_none(curve):
             arches = turn * curve * away**2 * power(2), curve * away * power(1)
-            if curved:
+            if joint:
                 parts.append(arches)
-            else:
+            elif place == 0.0:
                 bend0 = arches
+            else:
+                a, b = a + arches[0], b + arches[1]
         for ramps, steps in parts:
             kink_a, kink_b = kink_a + ramps, kink_b + steps
             if place != 0.0:
                 a, b = a + ramps, b + steps
     values, slopes = [a], [b]
-    if curved or any(not _none(k.jumps[1]) for k in kinks):
+    if joint or any(not is_none(k.jumps[1]) for k in kinks):
         values.append(kink_a)
         slopes.append(kink_b)
     if bend0 is not None:
@@ -275,99 +242,6 @@ def _with_rest(a: Array, value: Array, w: Array, parity: int | None, terms: int)
 # ---- the dual ------------------------------------------------------------------------------------
 
 
-def _clip(rho: Array) -> Array:
-    """Into [-1, 1] against rounding; the derivative stays."""
-    return rho + jax.lax.stop_gradient(jnp.clip(rho, -1, 1) - rho)
-
-
-def _closed_part(kinks: Sequence[Kink], cov12, var1, var2, side1, side2, gap12) -> tuple[Any, Any]:
-    """Expectations of the products of all ramps (for phi) and of all steps (for phi')."""
-    value, slope = jnp.zeros_like(cov12), jnp.zeros_like(cov12)
-    pair = (cov12, var1, var2) if gap12 is None else (cov12, var1, var2, gap12)
-    s = norm(side1, side2)
-    rho = _clip(cov12 * reciprocal(s))
-    sine = safe_sqrt(sine_squared(*pair))
-    tiny = float(np.sqrt(jnp.finfo(cov12.dtype).tiny)) ** 0.5
-    away1, away2 = (jnp.maximum(safe_sqrt(v), tiny) for v in (side1, side2))
-
-    @functools.cache
-    def products(b: float, c: float) -> tuple[Array, Array]:
-        """Of ramps and steps of standard normal numbers, for thresholds b and c."""
-        if b < 0 or (b == 0 and c < 0):
-            h, k = -b / away1, -c / away2
-            return mirrored(products(-b, -c), rho, h, k)
-        return ramps_and_steps(rho, sine, b / away1, c / away2)
-
-    if _curved(kinks):
-        return _arches(kinks, (rho, sine), (away1, away2), pair)
-    bends = [(k.place, k.jumps[1]) for k in kinks if not _none(k.jumps[1])]
-    for b, jump1 in bends:
-        for c, jump2 in bends:
-            if b == c == 0.0:
-                ramps, steps = (arc_cosine._half_moment(m, pair) for m in (1, 0))
-            else:
-                ramps, steps = products(b, c)
-                ramps = away1 * away2 * ramps
-            value, slope = value + jump1 * jump2 * ramps, slope + jump1 * jump2 * steps
-    third = _third_at_zero(kinks)
-    if third is not None:
-        both, own = bends[0][1] * third / 2 * (var1 + var2), third * third
-        ramps, steps = (arc_cosine._half_moment(m, pair) for m in (1, 0))
-        value = value + both * (ramps - s * sine**3 / (6 * math.pi))
-        value = value + own / 36 * arc_cosine._half_moment(3, pair)
-        slope = slope + both * (steps + sine * rho / (2 * math.pi))
-        slope = slope + own / 4 * arc_cosine._half_moment(2, pair)
-    for place, (_, _, curve, _) in kinks:
-        if place == 0.0 and not _none(curve):
-            square = curve * curve
-            value = value + square / 4 * arc_cosine._half_moment(2, pair)
-            slope = slope + square * arc_cosine._half_moment(1, pair)
-    return value, slope
-
-
-def _arches(kinks: Sequence[Kink], legs, sds, pair) -> tuple[Any, Any]:
-    """As `_closed_part`, of jumps of the first and of the second derivative together.
-
-    legs: cosine and sine. sds: of both sides. pair: of arc-cosine kernels.
-    """
-    sd1, sd2 = sds
-    value, slope = jnp.zeros_like(legs[0]), jnp.zeros_like(legs[0])
-    both = [k for k in kinks if not (_none(k.jumps[1]) and _none(k.jumps[2]))]
-    for b, (_, bend1, curve1, _) in both:
-        for c, (_, bend2, curve2, _) in both:
-            turn1, turn2 = _turn(kinks, b), _turn(kinks, c)
-            here = turn1 * turn2 * legs[0], legs[1]
-            h, k = (abs(p) / sd + 0 * legs[0] for p, sd in ((b, sd1), (c, sd2)))
-            if b == c == 0.0:
-                ramps, steps = (arc_cosine._half_moment(m, pair) for m in (1, 0))
-                m = moments((ramps / (sd1 * sd2), steps), *here, h, k)
-            else:
-                m = moments(ramps_and_steps(*here, h, k), *here, h, k)
-            # phi is bend ramp + turn curve ramp^2 / 2, phi' turn bend step + curve ramp.
-            bends, arches = bend1 * bend2, curve1 * curve2 * (sd1 * sd2)
-            one, two = turn1 * curve1 * bend2 * sd1, turn2 * bend1 * curve2 * sd2
-            turns = turn1 * turn2
-            of_value = bends * m.m11 + turns * arches / 4 * m.m22 + (one * m.m21 + two * m.m12) / 2
-            value = value + sd1 * sd2 * of_value
-            slope = slope + turns * (bends * m.m00 + one * m.m10 + two * m.m01) + arches * m.m11
-    return value, slope
-
-
-def _line_part(line: tuple[float, float], kinks: Sequence[Kink], cov12, side1, side2):
-    """What a line, constant + linear x, adds to the expectations: its squares, and with ramps."""
-    constant, linear = line
-    tiny = float(np.sqrt(jnp.finfo(cov12.dtype).tiny)) ** 0.5
-    value, slope = constant**2 + linear**2 * cov12, jnp.full_like(cov12, linear**2)
-    for place, (_, bend, _, _) in kinks:
-        for side in (side1, side2):
-            sd = jnp.maximum(safe_sqrt(side), tiny)
-            tail = upper_tail(place / sd)
-            ramp = sd * density(place / sd) - place * tail  # E[(x - place)_+]
-            value = value + bend * (constant * ramp + linear * cov12 * tail)
-            slope = slope + bend * linear * tail
-    return value, slope
-
-
 def _rough(side: _Side, parity: int | None, terms: int) -> Array:
     """Last quarter of the first terms of the series of phi', at equal inputs, over E[phi'^2]."""
     used = terms if parity is None else terms // 2
@@ -396,13 +270,17 @@ def expand(
       kinks: places and jumps for values of the hyperparameters.
       parity: 0: phi is even, 1: odd, None: neither; None also where there are kinks.
       tabulated: there are no hyperparameters, so that single precision may use a table
-        (`tabulated.py`).
+        (`tabulated.py`) and double precision sampled orders (`sampled.py`).
       terms: of the series, where it is known beforehand that more are zero.
     """
 
-    def levels_of(array: Array) -> tuple[int, ...]:
+    def kinks_of(hyper, together: bool) -> Sequence[Kink]:
+        found = tuple(kinks(hyper))
+        return Together(found) if together and curved(found) else found
+
+    def levels_of(array: Array, together: bool) -> tuple[int, ...]:
         itemsize = array.dtype.itemsize
-        if terms is None and is_quadratic(itemsize):
+        if terms is None and is_quadratic(itemsize) and (together or not curved(kinks({}))):
             return (_OF_QUADRATICS,)
         return _TERMS[itemsize] if terms is None else (terms,)
 
@@ -425,56 +303,61 @@ def expand(
     slope_parity = None if parity is None else 1 - parity
     square = functools.partial(_square, phi)
 
-    def at_level(hyper, terms, cov12, var1, var2, side1, side2):
-        ks = tuple(kinks(hyper))
+    def at_level(hyper, together, terms, cov12, var1, var2, side1, side2):
+        ks = kinks_of(hyper, together)
         make = functools.partial(_coefficients, phi, hyper, ks, parity, terms)
         one = make(side1)
         two = one if side2 is side1 else make(side2)
-        rho = _clip(cov12 * reciprocal(norm(side1, side2)))
+        rho = clip(cov12 * reciprocal(norm(side1, side2)))
         step_ = 1 if parity is None else 2
         forms = [power_series.Form(p or 0, step_) for p in (parity, slope_parity)]
         value = power_series.total(forms[0], one.value, two.value, rho)
         slope = power_series.total(forms[1], one.slope, two.slope, rho)
         return value, slope
 
-    def switched(hyper, levels, cov12, var1, var2, side1, side2) -> tuple[Array, Array]:
+    def switched(hyper, together, levels, cov12, var1, var2, side1, side2) -> tuple[Array, Array]:
         small = _SMALL[cov12.dtype.itemsize]
         largest = jax.lax.stop_gradient(
             jnp.maximum(jnp.max(side1, initial=0), jnp.max(side2, initial=0))
         ).reshape(1)
         frozen = jax.lax.stop_gradient(hyper)
-        probe = _coefficients(phi, frozen, tuple(kinks(frozen)), parity, levels[-1], largest)
+        ks = kinks_of(frozen, together)
+        probe = _coefficients(phi, frozen, ks, parity, levels[-1], largest)
         rough = [jnp.max(_rough(probe, parity, terms)) > small for terms in levels[:-1]]
         level = sum((r.astype(jnp.int32) for r in rough[1:]), start=rough[0].astype(jnp.int32))
         branches = [
-            lambda *args, terms=terms: at_level(args[0], terms, *args[1:]) for terms in levels
+            lambda hyper, *args, terms=terms: at_level(hyper, together, terms, *args)
+            for terms in levels
         ]
         return jax.lax.switch(level, branches, hyper, cov12, var1, var2, side1, side2)
 
-    def series(hyper, levels, cov12, var1, var2, side1, side2, gap12=None) -> tuple[Array, Array]:
-        ks = tuple(kinks(hyper))
+    def series(
+        hyper, together, levels, cov12, var1, var2, side1, side2, gap12=None
+    ) -> tuple[Array, Array]:
+        ks = kinks_of(hyper, together)
         args = cov12, var1, var2, side1, side2
         straight = form(cov12.dtype.itemsize)
         if straight is not None:
-            value, slope = _line_part(straight.line, ks, cov12, side1, side2)
+            value, slope = line_part(straight.line, ks, cov12, side1, side2)
         elif len(levels) > 1:
-            value, slope = switched(hyper, levels, *args)
+            value, slope = switched(hyper, together, levels, *args)
         else:
-            value, slope = at_level(hyper, levels[0], *args)
+            value, slope = at_level(hyper, together, levels[0], *args)
         if ks:
-            more, steeper = _closed_part(ks, *args, gap12)
+            more, steeper = closed_part(ks, *args, gap12)
             value, slope = value + more, slope + steeper
         return value, slope
 
     def with_gap(
-        hyper, cov12, var1, var2, side1, side2, gap12=None, levels=None
+        hyper, cov12, var1, var2, side1, side2, gap12=None, levels=None, together=None
     ) -> tuple[Any, ...]:
         """Both expectations, E[phi^2]^(1/2) of both sides, and the gap if the slope jumps."""
         args = cov12, var1, var2, side1, side2
         ks = tuple(kinks(hyper))
-        if all(_none(k.jumps[1]) for k in ks):
+        if all(is_none(k.jumps[1]) for k in ks):
             gap12 = None
-        both = series(hyper, levels or levels_of(cov12), *args, gap12)
+        together = not is_single(cov12) if together is None else together
+        both = series(hyper, together, levels or levels_of(cov12, together), *args, gap12)
         sds = safe_sqrt(side1), safe_sqrt(side2)
         one, two = (close.ends_of(functools.partial(phi, hyper), ks, sd) for sd in sds)
         gap = None if gap12 is None else close.gap_after(one, two, *sds, (cov12, gap12), both)
@@ -483,7 +366,7 @@ def expand(
     def jumps_at_zero() -> tuple[Any, Any, Any] | None:
         """Of the first three derivatives, of a function smooth apart from 0."""
         ks = tuple(kinks({}))
-        if any(k.place != 0.0 or not _none(k.jumps[0]) for k in ks):
+        if any(k.place != 0.0 or not is_none(k.jumps[0]) for k in ks):
             return None
         return ks[0].jumps[1:] if ks else (0.0, 0.0, 0.0)
 
@@ -497,8 +380,8 @@ def expand(
         far = sampling.sampled(lambda x: phi({}, x), jumps)
 
         def of_series(cov12, *others, longest=False):
-            levels = levels_of(cov12)
-            return series({}, levels[-1:] if longest else levels, cov12, *others)
+            levels = levels_of(cov12, False)
+            return series({}, False, levels[-1:] if longest else levels, cov12, *others)
 
         return by_tables.ByTables(found, far, of_series, square)
 
@@ -544,6 +427,20 @@ def expand(
         reached = by_tables.largest_of(*args[3:]) <= reach**2
         return jax.lax.cond(reached, near, far, args, gap12)
 
+    def in_single(args: tuple[Array, Array, Array, Array, Array], gap12) -> Dual:
+        """Without hyperparameters or a table."""
+
+        def summed(args, gap12, together=False):
+            value, slope, _, gap = with_gap({}, *args, gap12=gap12, together=together)
+            return Dual(value, slope, gap)
+
+        if not is_quadratic(args[0].dtype.itemsize) or not curved(kinks({})):
+            return summed(args, gap12)
+        nearest = min(abs(k.place) for k in kinks({}) if k.place != 0.0)
+        reached = by_tables.largest_of(*args[3:]) <= (_TOGETHER * nearest) ** 2
+        near = functools.partial(summed, together=True)
+        return jax.lax.cond(reached, near, summed, args, gap12)
+
     def prepare(*sides: Array) -> Prepared | None:
         if not is_single(sides[0]):
             return None
@@ -565,6 +462,8 @@ def expand(
         found = table() if tabulated and is_single(cov12) else None
         if tabulated and not is_single(cov12):
             return in_double(args, gap12)
+        if found is None and is_single(cov12) and tabulated and terms is None:
+            return in_single(args, gap12)
         if found is None:
             value, slope, _, gap = with_gap(hyper, *args, gap12)
             return Dual(value, slope, gap)
@@ -578,7 +477,7 @@ def expand(
 
     def truncation(hyper, var):
         ks = tuple(kinks(hyper))
-        most = levels_of(var)[-1]
+        most = levels_of(var, False)[-1]
         return _rough(_coefficients(phi, hyper, ks, parity, most, var), parity, most)
 
     # Hyperparameters may be traced, and a table may not: without any there may be one.
