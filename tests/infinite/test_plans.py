@@ -55,6 +55,15 @@ def residual(strides):
     )
 
 
+def shortcut():
+    main = stax.serial(stax.Relu(), conv(b_std=None))
+    return stax.serial(stax.FanOut(2), stax.parallel(main, stax.Identity()), stax.FanInSum())
+
+
+def standard():
+    return stax.Conv(1, (3, 3), padding="SAME", W_std=1.3, b_std=0.1, parameterization="standard")
+
+
 def pool(padding="VALID", size=(2, 2)):
     return stax.AvgPool(size, (2, 2), padding)
 
@@ -79,6 +88,14 @@ BODIES = {
     "rows": lambda: stax.serial(conv(), stax.Abs(), stax.SumPool((8, 2), (1, 2)), conv()),
     "one by one": lambda: stax.serial(stax.Dense(1, 1.2, 0.3), stax.LeakyRelu(0.2), conv()),
 }
+APART = {  # where values alone are computed by programs of their own
+    "shortcuts": lambda: stax.serial(conv(), shortcut(), shortcut(), conv((2, 2)), shortcut()),
+    "standard": lambda: stax.serial(standard(), stax.Relu(), standard(), standard()),
+    "run": lambda: stax.serial(conv(), *[stax.Relu(), conv()] * 10),
+    "poolings": lambda: stax.serial(
+        conv(), stax.Relu(), stax.AvgPool((2, 2), (2, 2)), stax.AvgPool((2, 1)), conv()
+    ),
+}
 ENDS = {
     "flat": lambda: stax.serial(stax.Relu(), stax.Flatten(), stax.Dense(1, 1.1, 0.2)),
     "global": lambda: stax.serial(stax.Relu(), stax.GlobalAvgPool(), stax.Dense(1, 1.1, 0.2)),
@@ -93,6 +110,8 @@ QUICK = {
     ("strides", "global"),
     ("torus", "flat"),
     ("residual", "global"),
+    ("shortcuts", "global"),
+    ("poolings", "global"),
     ("pool", "deep end"),
     ("whole", "global"),
 }
@@ -102,12 +121,12 @@ QUICK = {
     ("body", "end"),
     [
         pytest.param(body, end, marks=() if (body, end) in QUICK else pytest.mark.slow)
-        for body in BODIES
+        for body in (*BODIES, *APART)
         for end in ENDS
     ],
 )
 def test_planes_are_the_trivial_plan(body, end, x64):
-    body_end = stax.serial(BODIES[body](), ENDS[end]())
+    body_end = stax.serial((BODIES | APART)[body](), ENDS[end]())
     if body == "pool" and end != "deep end":
         body_end = stax.serial(BODIES[body](), conv(), ENDS[end]())
     assert_close(*planned(executors.ByPlanes(least=1, group=2), body_end[2], X), x64)

@@ -69,7 +69,7 @@ class Network:
         segment = self.cut[g]
         axes = axes_of(segment, self.moduli[g], variance.shape[0])
         roots = self.forward and is_single(variance) and segment.reads_norm()
-        return record(segment, variance, axes, self.carries, roots)
+        return record(segment, variance, axes, self.carries, roots, self.forward)
 
     @property
     def reads(self) -> int:
@@ -89,16 +89,17 @@ def _from_inputs(network: Network, x1: jax.Array, x2: jax.Array, want_ntk: bool)
         cov12 = jnp.moveaxis(jnp.sum(x1 * x2, -1), 0, -1) / channels
         gap12 = jnp.zeros_like(cov12) if network.carries else None
         return lambda axes, offset: Tile(cov12, ntk, gap12)
-    each1, each2 = (
-        jax.vmap(lambda a, side=side: arrange(a, axes, side), -1)(x)
-        for side, x in ((1, x1), (2, x2))
-    )
+    each2 = jax.vmap(lambda a: arrange(a, axes, 2), -1)(x2)
 
     def source(axes, offset):
         second = each2
         if offset is not None:
             second = at_offset(each2, offset, axes[0].scale, axes[0].modulus, axis=1)
-        return Tile(add_up(a * b for a, b in zip(each1, second, strict=True)) / channels, ntk)
+        # Side 1 is the same at all offsets, and is not written for each of them.
+        first = jnp.moveaxis(x1, (-1, 0), (0, -1))[..., None, :]
+        apart = second.reshape((*second.shape[:-1], -1, x1.shape[0]))
+        cov12 = add_up(a * b for a, b in zip(first, apart, strict=True)) / channels
+        return Tile(cov12.reshape(second.shape[1:]), ntk)
 
     return source
 
@@ -140,7 +141,9 @@ def own_pairs(network: Network, x: jax.Array, stop: int, want_ntk: bool) -> Any:
         tapes.append(tape)
         if g == stop - 1 and stop < len(network.cut):
             return tapes, None  # nothing reads what is behind
-        tile = through(segment, modulus, source, tape, tape, pairs, network.carries)
+        tile = through(
+            segment, modulus, source, tape, tape, pairs, network.carries, network.forward
+        )
     return tapes, tile
 
 
@@ -165,14 +168,23 @@ def other_pairs(
         elif g < len(tapes1) + len(kept):
             tape1 = tape2 = network.record(g, diagonal(tile, dims))
             place = g - len(tapes1)
-            tape1.entries = kept[place] = _filled(kept[place], tape1.entries, pairs)
+            tape1.entries = kept[place] = _filled(tape1, kept[place], pairs)
         else:
             tape1 = tape2 = _silent(network, g)
-        tile = through(segment, network.moduli[g], source, tape1, tape2, pairs, network.carries)
+        tile = through(
+            segment,
+            network.moduli[g],
+            source,
+            tape1,
+            tape2,
+            pairs,
+            network.carries,
+            network.forward,
+        )
     return tile
 
 
-def _filled(kept: list, entries: list, pairs: Pairs) -> list:
+def _filled(tape: Tape, kept: list, pairs: Pairs) -> list:
     """Entries of all examples with those of the pairs (a, a) of a group in their places.
 
     Of other pairs the entries are nonsense, may be NaN, and are dropped.
@@ -181,13 +193,14 @@ def _filled(kept: list, entries: list, pairs: Pairs) -> list:
     def fill(all_of_them, some, axis):
         n = all_of_them.shape[axis]
         if pairs.size == 1:
-            old = lax.dynamic_slice_in_dim(all_of_them, pairs.first[0], 1, axis)
+            place = pairs.first[0].astype(jnp.uint32)  # which cannot be negative: no look for that
+            old = lax.dynamic_slice_in_dim(all_of_them, place, 1, axis)
             new = jnp.where(pairs.same[0], some, old)
-            return lax.dynamic_update_slice_in_dim(all_of_them, new, pairs.first[0], axis)
+            return lax.dynamic_update_slice_in_dim(all_of_them, new, place, axis)
         places = (slice(None),) * axis + (jnp.where(pairs.same, pairs.first, n),)
         return all_of_them.at[places].set(some, mode="drop")
 
-    return jax.tree.map(fill, kept, entries, map_sides(lambda a, axis: axis, entries))
+    return jax.tree.map(fill, kept, tape.entries, tape.map(lambda a, axis: axis, tape.entries))
 
 
 def _silent(network: Network, g: int) -> Tape:
@@ -207,6 +220,9 @@ def _groups(n: int, size: int) -> np.ndarray:
 
 def _own(network: Network, x: jax.Array, stop: int, want_ntk: bool) -> Any:
     """`own_pairs` of all examples, in groups."""
+    alone = stop < 2 and stop < len(network.cut)  # variances before the first segment alone
+    if alone and network.forward and x[..., 0].size <= STEP:
+        return own_pairs(network, x, stop, want_ntk)
     groups = _groups(x.shape[0], min(network.group, x.shape[0]))
     recorded = []
 
@@ -225,7 +241,7 @@ def _own(network: Network, x: jax.Array, stop: int, want_ntk: bool) -> Any:
         return lax.slice_in_dim(a, 0, n, axis=axis)
 
     tapes = [
-        tape.holding(map_sides(join, entries))
+        tape.holding(tape.map(join, entries))
         for entries, tape in zip(stacked, recorded, strict=True)
     ]
     if tile is not None:
@@ -419,7 +435,7 @@ def _both_sides(network: Network, want_sides: bool) -> tuple[list, list, Any, An
         def cut(a, axis):
             return lax.slice_in_dim(a, start, end, axis=axis)
 
-        kept = [tape.holding(map_sides(cut, tape.entries)) for tape in tapes]
+        kept = [tape.holding(tape.map(cut, tape.entries)) for tape in tapes]
         return kept, None if sides is None else sides[start:end]
 
     (tapes1, side1), (tapes2, side2) = some(0, n1), some(n1, both.shape[0])

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from tangents._infinite.barrier import keep_apart
+from tangents._infinite.barrier import computed_apart, keep_apart
 from tangents._infinite.dual.angle import norm
 from tangents._infinite.dual.single_precision import is_single
 from tangents._infinite.graph import Node, Parallel, Repeat, Serial, any_node, at
@@ -23,6 +23,7 @@ from tangents._infinite.tile import (
     Context,
     Layout,
     Need,
+    Picked,
     Signal,
     Tile,
     in_value,
@@ -160,6 +161,7 @@ def _contexts(node: Node, s: State, out1, out2, need: Need, patterns) -> dict[st
             pattern2=pattern,
             same=same,
             need=Need(need.side, need.side),
+            planes=s.planes,
             **common,
         )
     contexts["tile"] = Context(
@@ -258,6 +260,8 @@ def _tile_rule(node: Node, contexts, states: list[State], need: Need, pick) -> T
         for each in contexts:
             each["tile"] = dataclasses.replace(each["tile"], has_gap=True)
     tiles = [_pin(node, c["tile"], s.tile) for c, s in zip(contexts, states, strict=True)]
+    if not node.takes_rest:
+        tiles = [t.whole() for t in tiles]
     tile = node.rule(pick([c["tile"] for c in contexts]), pick(tiles))
     return tile if carried else tile._replace(gap12=None)
 
@@ -351,9 +355,24 @@ def _layer_program(node: Node, state: Any, need: Need, patterns: tuple[Any, Any]
     same number for everybody who reads it: fused across layers, XLA on CPU recomputes it in each
     reader with other roundings, which costs ReLU kernels half of their digits at equal inputs.
     """
+    many = isinstance(state, (list, tuple))
+    first = state[0] if many else state
+    if first.tile is not None and first.planes is not None and first.planes.apart:
+        if not first.in1.spatial or node.parts_apart(state):
+            return _layer(need, node, state, patterns)
+        return computed_apart(functools.partial(_layer, need), node, state, patterns)
     after = fit(step(node, state, need, patterns), need)
+    if many or first.tile is not None:
+        return _barrier(after)
     # Variances that a layer multiplies by a number may as well be multiplied by their readers.
-    return after if node.reads_norm and state.tile is None else _barrier(after)
+    fusible = node.reads_norm or node.by_library(state.in1, state.side1, state.planes)
+    return after if fusible else _barrier(after)
+
+
+def _layer(need, node, state, patterns):
+    if isinstance(state, State) and isinstance(state.side1, Picked):
+        state = state.replace(side1=state.side1.array())
+    return fit(step(node, state, need, patterns), need)
 
 
 def _barrier(state: Any) -> Any:
@@ -427,6 +446,8 @@ def _runs(nodes: tuple[Node, ...], state: Any) -> list[tuple[int, int, int]]:
         kinds.append((layer, tuple(signal) if isinstance(signal, list) else signal))
         if place + 1 < len(nodes):
             signal = child.signal(signal)
+    first = state if isinstance(state, State) else state[0]
+    least = _WRITTEN_OUT if first.planes is not None and first.planes.apart else 1
     out, start = [], 0
     while start < len(kinds):
         periods = range(1, (len(kinds) - start) // 2 + 1) if single[start] else ()
@@ -435,10 +456,15 @@ def _runs(nodes: tuple[Node, ...], state: Any) -> list[tuple[int, int, int]]:
             key=lambda found: ((found[0] > 1) * found[0] * found[1], -found[1]),
             default=(1, 1),
         )
-        if turns > 1:
+        if turns > least:
             out.append((start, period, turns))
         start += period * turns if turns > 1 else 1
     return out
+
+
+_WRITTEN_OUT = 8
+"""Turns that are written out where layers are compiled as if alone: their kernels are the same, and
+a loop would have more to compile than they have, which stacks and cuts what each turn reads."""
 
 
 def _turns(kinds: list, start: int, period: int) -> int:

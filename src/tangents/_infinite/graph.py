@@ -108,6 +108,7 @@ class Node:
     plane_wise: bool = False  # the rule keeps the difference of positions (see `planes.py`)
     side_maker: Any = None  # Partial(var1, var2) -> Prepared: what the rule reads of one side each
     reads_norm: bool = False  # of variances the rule reads sqrt(var1 var2) (`Context.norm`)
+    takes_rest: bool = False  # the rule takes a tile whose ntk is a `Rest`
     closes_planes: str = ""  # how it mixes them: windows, everything; flatten: takes equal ones
 
     # ---- shapes and static description -------------------------------------------------------
@@ -176,6 +177,14 @@ class Node:
     def plane_strides(self, signal: Any) -> tuple[int, ...]:
         """Steps along the spatial axes of a `plane_wise` layer."""
         return (1,) * len(signal.spatial)
+
+    def parts_apart(self, state: Any) -> bool:
+        """Has the rule for planes `Planes.apart` parts that it keeps apart itself?"""
+        return False
+
+    def by_library(self, signal: Any, side: Any, planes: Any) -> bool:
+        """Is its rule on variances a call of a library, which nothing is fused with?"""
+        return False
 
     def plane_windows(self, signal: Any) -> list:
         """Windows along the spatial axes of a `plane_wise` layer; none if it has none."""

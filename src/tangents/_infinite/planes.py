@@ -32,7 +32,7 @@ import numpy as np
 from jax import lax
 
 from tangents._infinite.barrier import keep_apart
-from tangents._infinite.layers.window import Window, extend, extended, extended_all, taps
+from tangents._infinite.layers.window import Window, extend, extended, taps
 
 ZERO, LOOP, ALL = "zero", "loop", "all"
 """Which offsets of an axis an array holds: 0 alone, one traced offset, all M of them."""
@@ -66,8 +66,9 @@ class Planes:
     """Which offsets a tile holds; `offset`: the plane of the looped axis. pairs: of examples.
 
     same: boolean (Q,), entries of an example with itself at one position; or None.
-    roots: are the sides square roots of variances. inside: what `looped_insides` gives for the
-    windows of the layers.
+    roots: are norms of pairs what stands for the sides. apart: is every layer compiled as if alone,
+    where values alone are computed. inside: what `looped_insides` gives for the windows of the
+    layers.
     """
 
     axes: tuple[Axis, ...]
@@ -75,6 +76,7 @@ class Planes:
     offset: Any = None
     same: Any = None
     roots: bool = False
+    apart: bool = False
     inside: Any = dataclasses.field(default_factory=dict)
 
     def replace(self, **changes: Any) -> Planes:
@@ -109,8 +111,8 @@ class Planes:
 
 jax.tree_util.register_pytree_node(
     Planes,
-    lambda p: ((p.offset, p.same, p.inside), (p.axes, p.pairs, p.roots)),
-    lambda aux, of: Planes(aux[0], aux[1], of[0], of[1], aux[2], of[2]),
+    lambda p: ((p.offset, p.same, p.inside), (p.axes, p.pairs, p.roots, p.apart)),
+    lambda aux, of: Planes(aux[0], aux[1], of[0], of[1], aux[2], aux[3], of[2]),
 )
 
 
@@ -132,16 +134,21 @@ def _inside(axis: Axis, n: int, w: Window) -> np.ndarray:
 def looped_insides(axis: Axis, passed: Iterable[Passed], offset: Any, dtype: Any) -> dict:
     """`(taps, output positions)` at one offset of a looped axis: 0 where nothing is read, or None.
 
+    All are as large as the largest, so that they are looked up by one kernel.
+
     Looked up once and written, so that layers of equal shapes are equal kernels, compiled once.
     """
-    out = {}
-    for n, scale, w in sorted(set(passed)):
-        table = _inside(dataclasses.replace(axis, scale=scale), n, w)
-        out[n, scale, w] = None
-        if not w.wrap and not table.all():
-            picked = lax.dynamic_index_in_dim(jnp.asarray(table, dtype), offset, 0, False)
-            out[n, scale, w] = picked
-    return keep_apart(out) if jax.tree.leaves(out) else out
+    out: dict[Passed, Any] = dict.fromkeys(passed)
+    tables = {
+        (n, scale, w): _inside(dataclasses.replace(axis, scale=scale), n, w)
+        for n, scale, w in sorted(out)
+    }
+    tables = {k: t for k, t in tables.items() if not k[2].wrap and not t.all()}
+    shape = np.max([t.shape for t in tables.values()], axis=0, initial=0)
+    for k, table in tables.items():
+        table = np.pad(table, [(0, m - n) for m, n in zip(shape, table.shape, strict=True)])
+        out[k] = lax.dynamic_index_in_dim(jnp.asarray(table, dtype), offset, 0, False)
+    return keep_apart(out) if tables else out
 
 
 def _second_inside(planes: Planes, k: int, n: int, w: Window, dtype: Any) -> list[Any]:
@@ -156,7 +163,7 @@ def _second_inside(planes: Planes, k: int, n: int, w: Window, dtype: Any) -> lis
         found = planes.inside[n, axis.scale, w]
         if found is None:
             return [None] * w.size
-        return [planes.spread(found[t][:, None], k) for t in range(w.size)]
+        return [planes.spread(found[t, : w.out_size(n), None], k) for t in range(w.size)]
     table = _inside(axis, n, w)
     return [
         None if table[:, t].all() else planes.spread(table[:, t].T.astype(dtype), k)
@@ -164,10 +171,13 @@ def _second_inside(planes: Planes, k: int, n: int, w: Window, dtype: Any) -> lis
     ]
 
 
-def window_sum_planes(a: jax.Array, after: Planes, ws: Sequence[Window]) -> jax.Array:
-    """Sum over the taps of a window, both positions moving as one; `after`: behind the window."""
-    sizes = a.shape
-    a = extended_all(a, range(len(ws)), ws)
+def window_sum_planes(
+    a: jax.Array, sizes: Sequence[int], after: Planes, ws: Sequence[Window]
+) -> jax.Array:
+    """Sum over the taps of a window, both positions moving as one, of an extended array.
+
+    sizes: numbers of positions before it was extended. after: behind the window.
+    """
     for k, w in enumerate(ws):
         n = sizes[k]
         parts = taps(a, k, w)

@@ -20,15 +20,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from tangents._infinite.barrier import keep_apart
 from tangents._infinite.blocks import resize
-from tangents._infinite.dual.angle import safe_sqrt
 from tangents._infinite.execute import State, run
 from tangents._infinite.graph import Node, Parallel, Repeat, Serial, any_node, join_needs
 from tangents._infinite.layers.window import Padding
@@ -40,13 +40,12 @@ from tangents._infinite.planes import (
     Passed,
     Planes,
     Pooled,
-    arrange,
-    at_offset,
     looped_insides,
     pool,
     valid_positions,
 )
-from tangents._infinite.tape import Tape, join_sides, map_sides
+from tangents._infinite.sides import Pairs, norms, stacked, variances
+from tangents._infinite.tape import Tape
 from tangents._infinite.tile import Layout, Need, Signal, Tile
 
 STEP = 2**15
@@ -161,6 +160,12 @@ def segments(node: Node, signal: Signal) -> list[Segment]:
     total: Any = (1,) * len(signal.spatial)
     for i, child in enumerate(nodes):
         if isinstance(signal, Signal) and _closes(child, signal):
+            merged = None if run_of or not out else _merged(out[-1], child, signal)
+            if merged is not None:
+                out[-1] = dataclasses.replace(out[-1], close=merged)
+                signal = before = child.signal(signal)
+                start = i + 1
+                continue
             out.append(Segment(tuple(run_of), child, before, signal, start, total))
             signal = before = child.signal(signal)
             run_of, start, total = [], i + 1, (1,) * len(signal.spatial)
@@ -173,6 +178,24 @@ def segments(node: Node, signal: Signal) -> list[Segment]:
     if isinstance(signal, list) or signal.spatial:
         raise Unplanned
     return [*out, Segment(tuple(run_of), None, before, signal, start, total)]
+
+
+def _merged(last: Segment, node: Any, signal: Signal) -> Node | None:
+    """Two poolings in a row as one, if windows of the first meet each position once, or None."""
+    first: Any = last.close
+    if _closing(first) != "windows" or _closing(node) != "windows" or first.average != node.average:
+        return None
+    one, two = first._windows(last.after.shape), node._windows(signal.shape)
+    edges = any(w.lo or w.hi for w in (*one, *two))
+    if edges or any(w.stride != w.size for w in one):
+        return None
+    pairs = list(zip(one, two, strict=True))
+    return dataclasses.replace(
+        first,
+        window_shape=tuple(a.size * b.size for a, b in pairs),
+        strides=tuple(a.stride * b.stride for a, b in pairs),
+        padding=Padding.VALID,
+    )
 
 
 def moduli(cut: list[Segment]) -> list[tuple[int, ...]]:
@@ -237,19 +260,6 @@ def axes_of(segment: Segment, modulus: tuple[int, ...], pairs: int) -> tuple[Axi
         Axis(p, s, ALL if k else first)
         for k, (p, s) in enumerate(zip(planes, segment.strides, strict=True))
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Pairs:
-    """A group of pairs: numbers of the examples of both sides.
-
-    same: boolean (size,), pairs of one example in one draw; or None.
-    """
-
-    first: Any
-    second: Any
-    size: int
-    same: Any
 
 
 def _passed(node: Node, signal: Any, scale: int) -> list[Passed]:
@@ -319,78 +329,23 @@ def plane_state(segment: Segment, tile: Any, side: Any, planes: Planes, n: int) 
 
 
 def record(
-    segment: Segment, variance: jax.Array, axes: tuple[Axis, ...], keep: bool, roots: bool
+    segment: Segment,
+    variance: jax.Array,
+    axes: tuple[Axis, ...],
+    keep: bool,
+    roots: bool,
+    apart: bool,
 ) -> Tape:
     """What the layers of a segment read of the variances `(n, *spatial)` before it.
 
     roots: do the layers read square roots of them.
     """
     n = variance.shape[0]
-    state = plane_state(segment, None, variance, Planes(axes, n), n)
+    state = plane_state(segment, None, variance, Planes(axes, n, apart=apart), n)
     tape = Tape(keep, None, roots)
     need = Need(Layout.DIAGONAL, Layout.DIAGONAL)
     run(segment.walked, state, need, (None, None), {}, tape)
-    return tape
-
-
-class _Laid(NamedTuple):
-    """Entries of a tape laid out for a group of pairs, all of one shape and scale in one array.
-
-    stacks: `(entries, *spatial, Q)`. place: which stack and entries of it each leaf of the tape is.
-    scales: of the stacks along the first axis. leading: axes of each leaf before that of examples.
-    """
-
-    stacks: list
-    place: list[tuple[int, int, int]]
-    scales: list[int]
-    leading: list[tuple[int, ...]]
-    tree: Any
-
-    def entries(self, stacks: list) -> list:
-        """The entries of the tape, of these stacks."""
-        leaves = [
-            stacks[k][start:end].reshape((*leading, *stacks[k].shape[1:]))
-            for (k, start, end), leading in zip(self.place, self.leading, strict=True)
-        ]
-        return jax.tree.unflatten(self.tree, leaves)
-
-    def cut(self, axis: Axis, offset: Any) -> list:
-        """The stacks of side 2 at one offset of the looped axis."""
-        return [
-            at_offset(stack, offset, scale, axis.planes * scale, axis=1)
-            for stack, scale in zip(self.stacks, self.scales, strict=True)
-        ]
-
-
-def _laid_out(tape: Tape, index: Any, axes: tuple[Axis, ...], side: int) -> _Laid:
-    """A tape of all examples for a group of pairs; index: numbers of the examples of one side."""
-    leaves, tree = jax.tree.flatten(tape.entries)
-    of_examples = jax.tree.leaves(map_sides(lambda a, axis: axis, tape.entries))
-    pairs = zip(tape.entries, tape.scales, strict=True)
-    scales = [s for entry, s in pairs for _ in jax.tree.leaves(entry)]
-    each = list(zip(leaves, of_examples, scales, strict=True))
-    turned = {(leaf.shape[axis + 1 :], scale) for leaf, axis, scale in each if axis}
-    alike: dict[Any, list] = {}
-    place: list[Any] = []
-    for n, (leaf, axis, scale) in enumerate(each):
-        flat = leaf.reshape((-1, *leaf.shape[axis:]))
-        kind = (leaf.shape[axis + 1 :], scale)
-        # A few layers without a run are equal kernels if each reads an array of its own.
-        kind = (*kind, None if kind in turned else n)
-        stack = alike.setdefault(kind, [])
-        start = sum(len(other) for other in stack)
-        stack.append(flat)
-        place.append((list(alike).index(kind), start, start + len(flat)))
-    stacks = []
-    for (_, scale, _), stack in alike.items():
-        here = [dataclasses.replace(a, scale=s) for a, s in zip(axes, scale, strict=True)]
-        some = jnp.take(jnp.concatenate(stack), index, axis=1, mode="clip")
-        some = safe_sqrt(some) if tape.roots else some
-        stacks.append(jax.vmap(lambda a, here=here: arrange(a, here, side))(some))
-    leading = [leaf.shape[:axis] for leaf, axis in zip(leaves, of_examples, strict=True)]
-    # Fused into the layers that read them, these gathers came out wrong on CPU (JAX 0.10.2).
-    stacks = lax.optimization_barrier(stacks)
-    return _Laid(stacks, place, [scale[0] if scale else 1 for _, scale, _ in alike], leading, tree)
+    return stacked(tape) if roots else tape
 
 
 def through(
@@ -401,6 +356,7 @@ def through(
     tape2: Tape,
     pairs: Pairs,
     want_gap: bool,
+    apart: bool,
 ) -> Any:
     """A group of pairs through a segment and the layer that closes it.
 
@@ -411,34 +367,32 @@ def through(
       `(P,)`.
     """
     axes = axes_of(segment, modulus, pairs.size)
-    sides1 = _laid_out(tape1, pairs.first, axes, 1)
-    sides2 = _laid_out(tape2, pairs.second, axes, 2)
+    lay = norms if tape1.roots else variances
+    sides = lay(tape1, tape2, pairs, axes)
     looped = bool(axes) and axes[0].mode == LOOP
-    passed = _passed(segment.walked, segment.before, axes[0].scale) if looped else []
+    passed = _passed(segment.walked, segment.before, axes[0].scale) if axes else []
 
     def at(offset: Any) -> Any:
-        cut1, cut2 = sides1.stacks, sides2.stacks
-        if looped:
-            # Nothing made of the sides is moved out of the loop: it is less to read them.
-            cut1, offset = lax.optimization_barrier((cut1, offset))
-            cut2 = sides2.cut(axes[0], offset)
+        entries, offset = sides(offset)
         tile = source(axes, offset)
-        planes = Planes(axes, pairs.size, offset, _same(pairs, axes, offset), tape1.roots)
+        tile = keep_apart(tile) if apart and passed else tile
+        same = _same(pairs, axes, offset)
+        planes = Planes(axes, pairs.size, offset, same, tape1.roots, apart)
         if looped:
             planes = planes.replace(
                 inside=looped_insides(axes[0], passed, offset, tile.cov12.dtype)
             )
         state = plane_state(segment, tile, None, planes, pairs.size)
-        tape = Tape(want_gap, join_sides(sides1.entries(cut1), sides2.entries(cut2)))
+        tape = Tape(want_gap, entries)
         state = run(segment.walked, state, Need(Layout.PLANES, Layout.NONE), (None, None), {}, tape)
         return _close_inner(segment, state.tile, state.planes)
 
     if not looped:
-        return _close_outer(segment, at(None), Planes(_final(axes), pairs.size), False)
+        return _close_outer(segment, at(None), Planes(_final(axes), pairs.size), False).whole()
     fn = jax.checkpoint(at)
     start, length = jnp.zeros((), int), axes[0].planes
     _, tiles = lax.scan(lambda d, _: (d + 1, fn(d)), start, None, length)
-    return _close_outer(segment, tiles, Planes(_final(axes), pairs.size), True)
+    return _close_outer(segment, tiles, Planes(_final(axes), pairs.size), True).whole()
 
 
 def _final(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
@@ -447,7 +401,7 @@ def _final(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
 
 def each_array(fn: Callable[[Any], Any], tile: Tile) -> Tile:
     """`fn` on the arrays of a tile; a zero without axes stays."""
-    return Tile(*(a if a is None or a.ndim == 0 else fn(a) for a in tile))
+    return jax.tree.map(lambda a: fn(a) if a.ndim else a, tile)
 
 
 def _close_inner(segment: Segment, tile: Tile, planes: Planes) -> Tile:
@@ -505,7 +459,7 @@ def _close_outer(segment: Segment, tile: Tile, planes: Planes, looped: bool) -> 
         scale = math.prod(sizes) ** 2 if close.average else 1
         return each_array(lambda a: a / scale, tile)
     if looped:  # (d0, *positions, 1, *offsets, P)
-        tile = Tile(*(a if a is None else a[0] if a.ndim == 1 else a for a in tile))
+        tile = jax.tree.map(lambda a: a[0] if a.ndim == 1 else a, tile)
         tile = each_array(lambda a: jnp.moveaxis(jnp.squeeze(a, 1 + dims), 0, dims), tile)
         w = close._windows(segment.after.shape)[0]  # pyright: ignore
         axis = Pooled(0, dims, sizes[0], planes.axes[0].planes, w)

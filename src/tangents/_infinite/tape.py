@@ -52,6 +52,17 @@ def join_sides(entries1: Any, entries2: Any) -> list:
     return out
 
 
+def one_sided(entries: Any) -> list:
+    """Entries to play whose first side is all there is to read."""
+    out = []
+    for one in entries:
+        if isinstance(one, Turns):
+            out.append(Turns(tuple(one_sided(one.entries))))
+        else:
+            out.append(one._replace(side2=(None,) * len(one.side1)))
+    return out
+
+
 def map_sides(fn: Any, entries: Any, axis: int = 0) -> list:
     """`fn(array, axis of examples)` on all arrays of a recording."""
     out = []
@@ -111,13 +122,20 @@ class Tape:
         self.playing = entries is not None
         self.entries = list(entries) if self.playing else []
         self.scales: list[tuple[int, ...]] = []  # of the planes at each entry of a recording
+        self.stacked: Any = None  # how entries are stacked (`sides.stacked`), if they are
         self.place = 0
 
     def holding(self, entries: Any) -> Tape:
         """A recording like this with other entries: of more examples, or of fewer."""
         tape = Tape(self.keep, entries, self.roots)
-        tape.playing, tape.scales = False, self.scales
+        tape.playing, tape.scales, tape.stacked = False, self.scales, self.stacked
         return tape
+
+    def map(self, fn: Any, entries: Any) -> list:
+        """`fn(array, axis of examples)` on all arrays of entries like those of this recording."""
+        if self.stacked is None:
+            return map_sides(fn, entries)
+        return jax.tree.map(lambda a: fn(a, 0), entries)
 
     def next(self) -> Any:
         """The entry of the node that is visited."""
@@ -162,6 +180,8 @@ def _in_layout(state: Any, layout: Layout) -> Any:
 def _with_sides(state: Any, side1: Any, side2: Any) -> Any:
     if side1 is None:
         return state
-    layout = Layout.FULL if side1.ndim - 1 > len(state.in1.spatial_axes) else Layout.DIAGONAL
-    layout = Layout.PLANES if state.layout == Layout.PLANES else layout
+    layout = Layout.PLANES
+    if state.layout != Layout.PLANES:
+        full = side1.ndim - 1 > len(state.in1.spatial_axes)
+        layout = Layout.FULL if full else Layout.DIAGONAL
     return state.replace(side1=side1, side2=side2, side_layout=layout)

@@ -52,12 +52,36 @@ class Need(NamedTuple):
         return Need(max(self.tile, other.tile), max(self.side, other.side))
 
 
+class Picked(NamedTuple):
+    """One array of a stack of them, cut out where it is read."""
+
+    stack: Any
+    place: Any
+
+    def array(self) -> Any:
+        """The array itself."""
+        return lax.dynamic_index_in_dim(self.stack, self.place, keepdims=False)
+
+
+class Rest(NamedTuple):
+    """What the tangent kernel is beyond cov12, in place of itself: the next layer adds the two.
+
+    Averages of both are then one kernel to compile, and no array is read to add it.
+    """
+
+    array: Any
+
+    @property
+    def ndim(self) -> int:
+        return self.array.ndim
+
+
 class Tile(NamedTuple):
     """Covariances of pairs of examples.
 
     cov12: second moments E[y(x1) y(x2)] over random weights (the NNGP kernel).
     ntk: the tangent kernel; `None` where it was not asked for (always in a side pass), and a
-      zero of no axes before the first trainable layer.
+      zero of no axes before the first trainable layer; a `Rest` before nodes that take one.
     gap12: sqrt(var1 var2) - |cov12|, carried where near-parallel inputs would lose digits; `None`
       where it is not carried. A rule that cannot carry it returns `None`.
     """
@@ -65,6 +89,13 @@ class Tile(NamedTuple):
     cov12: Any
     ntk: Any = None
     gap12: Any = None
+
+    def whole(self) -> Tile:
+        """With the tangent kernel itself."""
+        if not isinstance(self.ntk, Rest):
+            return self
+        beyond = self.ntk.array
+        return self._replace(ntk=beyond + self.cov12 if beyond.ndim else self.cov12)
 
     def linear(self, fn: Callable[[Any], Any], gap: bool = False) -> Tile:
         """Apply a linear map to cov12 and to the ntk; to the gap only if it passes through."""
@@ -224,8 +255,8 @@ class Context:
     def variances(self) -> tuple[jax.Array, jax.Array]:
         """`(var1, var2)`, broadcastable to `tile.cov12`; one and the same for equal entries."""
         if self.norm is not None:
-            var1, var2 = self.side1**2, self.side2**2
-        elif self.layout == Layout.PLANES:
+            return self.norm, self.norm  # of an example with itself it is the variance
+        if self.layout == Layout.PLANES:
             var1, var2 = self.side1, self.side2
         else:
             var1, var2 = self.pair(self.variance(1), self.variance(2))
@@ -237,9 +268,8 @@ class Context:
 
     @property
     def norm(self) -> jax.Array | None:
-        """sqrt(var1 var2) where the sides are roots of variances (`Planes.roots`)."""
-        rooted = self.layout == Layout.PLANES and self.planes.roots and self.side1 is not None
-        return self.side1 * self.side2 if rooted else None
+        """sqrt(var1 var2) where that is what stands for the sides (`Planes.roots`)."""
+        return self.side1 if self.layout == Layout.PLANES and self.planes.roots else None
 
     @property
     def equal_entries(self) -> bool:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from tangents._infinite.graph import Node, join_needs, node
 from tangents._infinite.layer import Layer
 from tangents._infinite.layers.gap import gap_of_sum
-from tangents._infinite.tile import Layout, Tile, add_up
+from tangents._infinite.tile import Layout, Rest, Tile, add_up
 
 
 @node
@@ -130,6 +130,7 @@ class FanInSumNode(_EntryWise):
 
     name = "FanInSum"
     plane_wise = True
+    takes_rest = True
 
     def signal(self, signal):
         _check_list(self.name, signal)
@@ -151,11 +152,16 @@ class FanInSumNode(_EntryWise):
         return out
 
     def rule(self, context: Any, tile: Any) -> Tile:
+        rests = [isinstance(t.ntk, Rest) for t in tile]
+        if not all(rests):
+            tile = [t.whole() for t in tile]
         ntks = [t.ntk for t in tile]
         cov12s = [t.cov12 for t in tile]
         gap12 = None
         if all(c.carries(t) for c, t in zip(context, tile, strict=True)):
             gap12 = gap_of_sum(cov12s, [t.gap12 for t in tile], [c.variances for c in context])
+        if all(rests):
+            return Tile(add_up(cov12s), Rest(add_up(rest.array for rest in ntks)), gap12)
         return Tile(add_up(cov12s), None if ntks[0] is None else add_up(ntks), gap12)
 
 

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from tangents._core import precision
+from tangents._infinite.barrier import computed_apart
+from tangents._infinite.dual.single_precision import is_single
 from tangents._infinite.graph import Node, hyper, node
 from tangents._infinite.layer import Layer
 from tangents._infinite.layers.axes import check_axes, collapse_channels
@@ -39,15 +41,17 @@ from tangents._infinite.layers.window import (
     Window,
     as_padding,
     extend,
+    extended_all,
     transposed_windows,
     window_mask,
+    window_means,
     window_sum,
     window_sum_pairs,
     window_sum_written,
     windows,
 )
 from tangents._infinite.planes import window_sum_planes
-from tangents._infinite.tile import Layout, Need, embed_diagonal, spatial_diagonal
+from tangents._infinite.tile import Layout, Need, Rest, Tile, embed_diagonal, spatial_diagonal
 
 
 @node
@@ -65,6 +69,7 @@ class ConvNode(Node):
     s: tuple[int, int] = (1, 1)
     kind: str = "Conv"
     random_weights = True
+    takes_rest = True
 
     @property
     def name(self):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -182,6 +187,11 @@ class ConvNode(Node):
         before, after = ([c for c in spec if c not in "NC"] for spec in self.specs[::2])
         return self.kind == "Conv" and before == after
 
+    def by_library(self, signal, side, planes):
+        if planes is None or not planes.apart or not is_single(side):
+            return False
+        return len(self.letters) <= 3 and not any(w.wrap for w in self._own_windows(signal.shape))
+
     def _own_windows(self, shape) -> list[Window]:
         """Windows in the order of the input's spatial axes."""
         by_letter = dict(zip(self.letters, self.windows(shape), strict=True))
@@ -190,6 +200,9 @@ class ConvNode(Node):
     def plane_windows(self, signal):
         return self._own_windows(signal.shape)
 
+    def parts_apart(self, state):
+        return state.tile.gap12 is None
+
     def plane_strides(self, signal):
         return tuple(w.stride for w in self._own_windows(signal.shape))
 
@@ -197,8 +210,14 @@ class ConvNode(Node):
         ws, k = self._own_windows(context.in1.shape), math.prod(self.filter_shape)
         if not context.carries(tile):
             after = context.planes.strided([w.stride for w in ws])
-            averaged = tile.linear(lambda a: window_sum_planes(a, after, ws) / k)
-            return self._affine(context, averaged, None)
+            if context.planes.apart:
+                return self._apart(context, tile, after, ws)
+            sizes = context.in1.spatial
+
+            def total(a):
+                return window_sum_planes(extended_all(a, range(len(ws)), ws), sizes, after, ws)
+
+            return self._affine(context, tile.linear(lambda a: total(a) / k), None)
         # At offset 0: windows axis by axis, each axis written, are faster than both at once.
         axes = range(len(ws))
         averaged = tile.linear(lambda a: window_sum(a, axes, ws) / k)
@@ -207,6 +226,31 @@ class ConvNode(Node):
             tile.cov12, tile.gap12, var1, var2, axes, ws
         )
         return self._affine(context, averaged._replace(cov12=cov12, gap12=gap12), variances)
+
+    def _apart(self, context, tile, after, ws):
+        """cov12 and tangent kernel by one program: T' = K' + A[T], A[T] a `Rest`."""
+        sizes, k = context.in1.spatial, math.prod(self.filter_shape)
+
+        def average(a, after, weight, bias):
+            return weight * (window_sum_planes(a, sizes, after, ws) / k) + bias
+
+        def each(a, weight, bias):
+            wide = a
+            for axis, w in enumerate(ws):
+                wide = extend(wide, axis, w)
+            scalars = (jnp.asarray(x, a.dtype) for x in (weight, bias))
+            return computed_apart(average, wide, after, *scalars, like=a)
+
+        if isinstance(tile.ntk, Rest):
+            tile = computed_apart(Tile.whole, tile)
+        if self.parameterization != "ntk":
+            averaged = tile.linear(lambda a: each(a, 1, 0))
+            return computed_apart(lambda tile: self._affine(context, tile, None), averaged)
+        weight, bias = self.W_std**2, 0 if self.b_std is None else self.b_std**2
+        cov12 = each(tile.cov12, weight, bias)
+        if tile.ntk is None:
+            return Tile(cov12)
+        return Tile(cov12, Rest(each(tile.ntk, weight, 0) if tile.ntk.ndim else tile.ntk))
 
     def _affine(self, context, averaged, variances):
         return affine_rule(
@@ -239,6 +283,9 @@ class ConvNode(Node):
             total = window_sum_written if context.equal_entries else window_sum
             return jnp.transpose(total(a, range(n, n + len(ws)), ws) / k, moved)
 
+        if context.equal_entries and self.by_library(context.in1, tile.cov12, context.planes):
+            cov12 = jnp.transpose(window_means(tile.cov12, ws, self.W_std**2), moved)
+            return Tile(cov12 if self.b_std is None else cov12 + self.b_std**2)
         averaged, variances = tile.linear(average), None
         if context.layout == Layout.DIAGONAL and context.carries(tile):
             var1, var2 = context.variances

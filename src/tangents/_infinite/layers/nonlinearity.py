@@ -33,6 +33,7 @@ class NonlinearityNode(Node):
     hyper: Any = hyper()
     kernel_warning: str | None = None
     gaussian_input = True
+    takes_rest = True
 
     @property
     def name(self):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -87,7 +88,7 @@ class NonlinearityNode(Node):
             dual = self.kernel.of_norm(self.hyper, tile.cov12, context.norm, tile.gap12)
         else:
             dual = self.kernel.dual(self.hyper, tile.cov12, var1, var2, tile.gap12)
-        ntk = tile.ntk
+        ntk = tile.whole().ntk
         if ntk is not None and ntk.ndim > 0:  # a zero without axes stays one
             ntk = dual.d_nngp * ntk
         return Tile(dual.nngp, ntk, dual.gap12)

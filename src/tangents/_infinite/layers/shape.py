@@ -28,9 +28,13 @@ class IdentityNode(Node):
 
     name = "Identity"
     plane_wise = True
+    takes_rest = True
 
     def apply(self, params, x, *, mask=None, **kwargs):
         return x
+
+    def parts_apart(self, state):
+        return True
 
     def rule(self, context, tile):
         return tile
