@@ -100,6 +100,8 @@ def measure(
             whats = _prepare(workload, workers, row, settings, note)
             _time(workers, whats, row, settings, note)
             _compare(workers, row)
+        if row.pop("compiles") and any(t.metric == "compile_ratio" for t in workload.targets):
+            _compile(workload, environments, row, settings, note)
         if settings.memory and workload.memory:
             for side, env in environments.items():
                 for what in whats[side]:
@@ -123,6 +125,7 @@ def _prepare(workload, workers, row, settings, note) -> dict[str, list[str]]:
                 "build", module=workload.module, name=workload.name, quick=settings.quick
             )["has"]
             whats[side] = ["run", *[what for what in has if what == "forward"]]
+            row["compiles"] = "compile" in has
             row["sides"][side] = {"about": worker.ask("about")}
             for what in [*whats[side], *[w for w in has if w == "memory_baseline"]]:
                 timing: dict = {"first": None, "calls": 1, "wall": [], "cpu": []}
@@ -147,6 +150,21 @@ def _time(workers, whats, row, settings, note) -> None:
         sample = workers[side].ask("time", what=what, calls=samples["calls"])
         samples["wall"].append(sample["wall"])
         samples["cpu"].append(sample["cpu"])
+
+
+def _compile(workload, environments, row, settings, note) -> None:
+    """Compilation alone, each time in a process of its own, sides in turn."""
+    for number in range(settings.pairs):
+        for side, env in environments.items():
+            note(f"compilation {number + 1}: {side}")
+            with Worker(env, x64=workload.x64, gpu=settings.gpu) as worker:
+                worker.ask(
+                    "build", module=workload.module, name=workload.name, quick=settings.quick
+                )
+                timing = worker.ask("first", what="compile")
+            samples = row["sides"][side].setdefault("compile", {"wall": [], "cpu": []})
+            samples["wall"].append(timing["wall"])
+            samples["cpu"].append(timing["cpu"])
 
 
 def _compare(workers, row) -> None:
@@ -184,8 +202,11 @@ def _peak(row: dict, side: str, what: str) -> float | None:
     return memory["device"] if memory["device"] is not None else memory["steady"]
 
 
-def _compile_seconds(samples: dict | None, clock: str) -> float | None:
-    """The first call less a steady one."""
+def _compile_seconds(side: dict, clock: str) -> float | None:
+    """Measured alone, or the first call less a steady one."""
+    if "compile" in side:
+        return statistics.median(side["compile"][clock])
+    samples = side.get("run")
     if not samples or not samples["first"] or not samples[clock]:
         return None
     return max(0.0, samples["first"][clock] - statistics.median(samples[clock]))
@@ -200,7 +221,7 @@ def statistics_of(row: dict, clock: str = "cpu") -> dict:
     ours, peer = row["sides"]["ours"], row["sides"].get("peer")
     figures: dict = {"clock": clock, "seconds": statistics.median(ours["run"][clock])}
     figures["wall_seconds"] = statistics.median(ours["run"]["wall"])
-    figures["compile"] = _compile_seconds(ours["run"], clock)
+    figures["compile"] = _compile_seconds(ours, clock)
     figures["peak_mib"] = _peak(row, "ours", "run")
     figures["forward_seconds"] = figures["over_forward"] = None
     if "forward" in ours:
@@ -214,7 +235,7 @@ def statistics_of(row: dict, clock: str = "cpu") -> dict:
         figures["speedup"] = median_of_ratios(peer["run"][clock], ours["run"][clock])
         figures["speedup_range"] = spread(peer["run"][clock], ours["run"][clock])
         figures["speedup_wall"] = median_of_ratios(peer["run"]["wall"], ours["run"]["wall"])
-        figures["peer_compile"] = _compile_seconds(peer["run"], clock)
+        figures["peer_compile"] = _compile_seconds(peer, clock)
         figures["compile_ratio"] = _ratio(figures["peer_compile"], figures["compile"])
         figures["peer_peak_mib"] = _peak(row, "peer", "run")
         figures["memory_ratio"] = _ratio(figures["peer_peak_mib"], figures["peak_mib"])

@@ -152,7 +152,7 @@ class Session:
         return {
             "has": [
                 what
-                for what in ("forward", "memory_baseline", "measure")
+                for what in ("forward", "memory_baseline", "measure", "compile")
                 if getattr(self.case, what) is not None
             ]
         }

@@ -56,6 +56,12 @@ def attention(stax):
     return stax.serial(stax.Dense(1), *block(), *block(), stax.GlobalAvgPool(), stax.Dense(1))
 
 
+def compiled(call, *args) -> tuple:
+    """No result, once `call` is compiled."""
+    call.lower(*args).compile()
+    return ()
+
+
 def images(name, make, n, targets, rectangular=False, shape=(32, 32, 3), small=(8, 8, 3), **kw):
     def build(side: Side) -> Case:
         import jax
@@ -65,7 +71,7 @@ def images(name, make, n, targets, rectangular=False, shape=(32, 32, 3), small=(
         x2 = draw(*sizes) if rectangular else None
         kernel_fn = make(side)[2]
         call = jax.jit(lambda a, b: tuple(kernel_fn(a, b, ("nngp", "ntk"))))
-        return Case(run=lambda: call(x1, x2))
+        return Case(run=lambda: call(x1, x2), compile=lambda: compiled(call, x1, x2))
 
     form = "x1x2" if rectangular else "sym"
     return Workload(f"infinite/cnn/{name}/{form}", build, targets=targets, **kw)

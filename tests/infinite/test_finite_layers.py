@@ -187,6 +187,17 @@ def test_dropout_keeps_at_the_rate_and_needs_a_key():
         stax.Dropout(0.0)
 
 
+def test_a_window_larger_than_the_input_is_told():
+    layers = stax.Conv(2, (3, 3)), stax.AvgPool((5, 1)), stax.ConvLocal(2, (1, 6))
+    for layer in layers:
+        network = stax.serial(stax.Conv(2, (2, 2)), layer, stax.Flatten(), stax.Dense(1))
+        x = jnp.ones((2, 3, 3, 1))
+        with pytest.raises(ValueError, match=r"layer 1 .*does not fit into \(2, 2\) positions"):
+            network[0](jax.random.key(0), x.shape)
+        with pytest.raises(ValueError, match=r"layer 1 .*does not fit into \(2, 2\) positions"):
+            network[2](x)
+
+
 def test_enums_take_upper_case_names_and_members():
     assert stax.Padding("SAME") is stax.Padding.SAME
     with pytest.raises(ValueError, match="'same' is not a valid Padding"):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from tangents._infinite.barrier import computed_apart, keep_apart
+from tangents._infinite.barrier import CALLS, computed_apart, keep_apart
 from tangents._infinite.dual.angle import norm
 from tangents._infinite.dual.single_precision import is_single
 from tangents._infinite.graph import Node, Parallel, Repeat, Serial, any_node, at
@@ -357,16 +357,15 @@ def _layer_program(node: Node, state: Any, need: Need, patterns: tuple[Any, Any]
     """
     many = isinstance(state, (list, tuple))
     first = state[0] if many else state
-    if first.tile is not None and first.planes is not None and first.planes.apart:
-        if not first.in1.spatial or node.parts_apart(state):
+    if first.planes is not None and first.planes.apart:
+        parts_apart = first.tile is not None and node.parts_apart(state)
+        # Nothing is fused with a call of a library.
+        if parts_apart or node.by_library(first):
             return _layer(need, node, state, patterns)
         return computed_apart(functools.partial(_layer, need), node, state, patterns)
     after = fit(step(node, state, need, patterns), need)
-    if many or first.tile is not None:
-        return _barrier(after)
     # Variances that a layer multiplies by a number may as well be multiplied by their readers.
-    fusible = node.reads_norm or node.by_library(state.in1, state.side1, state.planes)
-    return after if fusible else _barrier(after)
+    return after if node.reads_norm and not many and state.tile is None else _barrier(after)
 
 
 def _layer(need, node, state, patterns):
@@ -462,7 +461,7 @@ def _runs(nodes: tuple[Node, ...], state: Any) -> list[tuple[int, int, int]]:
     return out
 
 
-_WRITTEN_OUT = 8
+_WRITTEN_OUT = 8 if CALLS else 1
 """Turns that are written out where layers are compiled as if alone: their kernels are the same, and
 a loop would have more to compile than they have, which stacks and cuts what each turn reads."""
 

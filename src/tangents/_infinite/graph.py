@@ -182,8 +182,8 @@ class Node:
         """Has the rule for planes `Planes.apart` parts that it keeps apart itself?"""
         return False
 
-    def by_library(self, signal: Any, side: Any, planes: Any) -> bool:
-        """Is its rule on variances a call of a library, which nothing is fused with?"""
+    def by_library(self, state: Any) -> bool:
+        """Are these variances computed by a library?"""
         return False
 
     def plane_windows(self, signal: Any) -> list:

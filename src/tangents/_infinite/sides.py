@@ -133,8 +133,10 @@ def stacked(tape: Tape) -> Tape:
         alike.setdefault((leaf.shape[axis + 1 :], scale), []).append(n)
 
     def root(n):
-        each = jnp.sqrt(leaves[n].reshape((-1, *leaves[n].shape[axes[n] :])))
-        return jnp.moveaxis(each, 1, 0)
+        each, k = jnp.sqrt(leaves[n]), axes[n]
+        if k == 0:
+            return each[:, None]
+        return jnp.moveaxis(each.reshape((-1, *each.shape[k:])), 1, 0)
 
     stacks = [jnp.concatenate([root(n) for n in of], axis=1) for of in alike.values()]
     leading = [leaf.shape[:axis] for leaf, axis in zip(leaves, axes, strict=True)]

@@ -187,10 +187,13 @@ class ConvNode(Node):
         before, after = ([c for c in spec if c not in "NC"] for spec in self.specs[::2])
         return self.kind == "Conv" and before == after
 
-    def by_library(self, signal, side, planes):
-        if planes is None or not planes.apart or not is_single(side):
+    def by_library(self, state):
+        return state.tile is None and self._calls_library(state.in1, state.side1, state.planes)
+
+    def _calls_library(self, signal, variance, planes):
+        if planes is None or not planes.apart or not is_single(variance) or len(self.letters) > 3:
             return False
-        return len(self.letters) <= 3 and not any(w.wrap for w in self._own_windows(signal.shape))
+        return not any(w.wrap for w in self._own_windows(signal.shape))
 
     def _own_windows(self, shape) -> list[Window]:
         """Windows in the order of the input's spatial axes."""
@@ -239,7 +242,7 @@ class ConvNode(Node):
             for axis, w in enumerate(ws):
                 wide = extend(wide, axis, w)
             scalars = (jnp.asarray(x, a.dtype) for x in (weight, bias))
-            return computed_apart(average, wide, after, *scalars, like=a)
+            return computed_apart(average, wide, after, *scalars)
 
         if isinstance(tile.ntk, Rest):
             tile = computed_apart(Tile.whole, tile)
@@ -283,7 +286,7 @@ class ConvNode(Node):
             total = window_sum_written if context.equal_entries else window_sum
             return jnp.transpose(total(a, range(n, n + len(ws)), ws) / k, moved)
 
-        if context.equal_entries and self.by_library(context.in1, tile.cov12, context.planes):
+        if context.equal_entries and self._calls_library(context.in1, tile.cov12, context.planes):
             cov12 = jnp.transpose(window_means(tile.cov12, ws, self.W_std**2), moved)
             return Tile(cov12 if self.b_std is None else cov12 + self.b_std**2)
         averaged, variances = tile.linear(average), None
