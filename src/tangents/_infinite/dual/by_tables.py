@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from tangents._core.typing import Array
-from tangents._infinite.barrier import made_once, made_together, taken_apart
+from tangents._infinite.barrier import computed_apart, made_once, made_together, taken_apart
 from tangents._infinite.dual import sampled, tabulated
 from tangents._infinite.dual.angle import norm, safe_sqrt
 from tangents._infinite.dual.prepared import Prepared, prepare
@@ -40,8 +40,19 @@ class ByTables:
 
     def prepare(self, *sides: Array) -> Prepared:
         """What belongs to one side each, by the table that serves all."""
-        forms = [functools.partial(tabulated.features, table) for table in self.tables]
+        forms = [functools.partial(_features, table) for table in self.tables]
         return prepare(forms, self.level(sides[0], sides[-1]), sides)
+
+
+def _features(table: Table, side: Array) -> Array:
+    """`tabulated.features`, for sides of all layers by the same kernels."""
+    found = computed_apart(functools.partial(tabulated.features, table), side.reshape(-1))
+    return found.reshape((-1, *side.shape))
+
+
+def _sampled(found: Sampled, cov12: Array, side1: Array, side2: Array, gap: Array | None) -> Sums:
+    near, slope, scales = sampled.sums(found, cov12, side1, side2, gap)
+    return Sums(made_together(near, slope), scales)
 
 
 def largest_of(side1: Array, side2: Array) -> Array:
@@ -60,17 +71,17 @@ def dual(of: ByTables, prepared: Prepared | None, cov12, var1, var2, side1, side
 
     def tabulated_(table, prepared, cov12, var1, var2, side1, side2, gap):
         if prepared is None:
-            found = tuple(tabulated.features(table, side) for side in (side1, side2))
+            found = tuple(_features(table, side) for side in (side1, side2))
             found = made_once(found, (side1.shape, side2.shape), cov12)
         else:
             found = prepared.sides
-        return tabulated.sums(table, found, cov12, side1, side2, gap)
+        sums = functools.partial(tabulated.sums, table)
+        return computed_apart(sums, found, cov12, side1, side2, gap)
 
     def summed(prepared, cov12, var1, var2, side1, side2, gap):
         size = jnp.abs(cov12) if signed else cov12
         if of.far is not None:
-            near, slope, scales = sampled.sums(of.far, size, side1, side2, gap)
-            return Sums(made_together(near, slope), scales)
+            return computed_apart(functools.partial(_sampled, of.far), size, side1, side2, gap)
         value, slope = of.series(size, var1, var2, side1, side2, gap, longest=True)
         scales = safe_sqrt(of.square(side1)), safe_sqrt(of.square(side2))
         return Sums(made_together(scales[0] * scales[1] - value, slope), scales)
@@ -113,3 +124,32 @@ def _dual_jvp(of, primals, tangents):
     reached = largest_of(*primals[3:5]) <= of.tables[-1].reach ** 2
     branches = (functools.partial(change, values) for values in (near, beyond))
     return out, jax.lax.cond(reached, *branches, primals, tangents)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def diagonal(of: ByTables, var: Array) -> Array:
+    """E[phi(u)^2], in value what `dual` gives for equal inputs."""
+
+    def tabulated_(table, var):
+        return tabulated.scale(_features(table, var))
+
+    def beyond(var):
+        return safe_sqrt(of.square(var)) if of.far is None else sampled.scale(of.far, var)
+
+    branches = [*(functools.partial(tabulated_, table) for table in of.tables), beyond]
+    scale = jax.lax.switch(of.level(var, var), branches, var)
+    return scale * scale
+
+
+@diagonal.defjvp
+def _diagonal_jvp(of, primals, tangents):
+    def change(square, primals, tangents):
+        return jax.jvp(square, primals, tangents)[1]
+
+    out = diagonal(of, *primals)
+    near = functools.partial(change, of.square)
+    if of.far is None:
+        return out, near(primals, tangents)
+    beyond = functools.partial(change, lambda var: sampled.scale(of.far, var) ** 2)
+    reached = jnp.max(primals[0], initial=0) <= of.tables[-1].reach ** 2
+    return out, jax.lax.cond(reached, near, beyond, primals, tangents)

@@ -77,6 +77,11 @@ def _side(found: Sampled, var: Array) -> _Side:
     return _Side(1 / over, mean / (over * sd), betas / over, scale, outer)
 
 
+def scale(found: Sampled, var: Array) -> Array:
+    """The root of E[phi^2]."""
+    return _side(found, var.reshape(-1)).scale.reshape(var.shape)
+
+
 def _sides(found: Sampled, side1: Array, side2: Array) -> tuple[_Side, _Side]:
     """Both at once, so that there is less to compile."""
     both = _side(found, jnp.concatenate([side1.reshape(-1), side2.reshape(-1)]))

@@ -292,6 +292,11 @@ def features(table: Table, var: Array) -> Array:
     return jnp.concatenate([scales, slope, spread])
 
 
+def scale(found: Array) -> Array:
+    """The root of E[phi^2], of `features`."""
+    return found[1]
+
+
 def _repair(table: Table, slope: Any, own: Any) -> Any:
     """What makes the sums right where inputs are equal: there errors would add up over layers.
 

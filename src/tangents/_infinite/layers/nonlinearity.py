@@ -73,7 +73,8 @@ class NonlinearityNode(Node):
 
     def rule(self, context, tile):
         kernel = self.kernel
-        if isinstance(kernel, DualKernel) and kernel.exact_diagonal and context.equal_entries:
+        exact = isinstance(kernel, Expansion) or kernel.exact_diagonal
+        if exact and context.equal_entries:
             return Tile(kernel.diagonal(self.hyper, tile.cov12))
         var1, var2 = context.variances
         if isinstance(self.kernel, Expansion):
