@@ -70,8 +70,8 @@ class Case:
       memory_baseline: its peak memory is the unit of the metric `peak_over_baseline`.
       measure: in place of timing `run`: returns (wall seconds, CPU seconds) of one call. For what
         cannot be repeated in one process, such as an import.
-      compile: traces and compiles `run`, once in each of as many processes as there are pairs. Where
-        compiling is a metric and calls take so long that their noise hides it.
+      compile: traces and compiles `run`, once in each of as many processes as there are pairs.
+        Where compiling is a metric and calls take so long that their noise hides it.
     """
 
     run: Callable[[], Any]

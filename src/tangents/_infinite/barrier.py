@@ -63,7 +63,7 @@ def keep_apart(tree: _T) -> _T:
 
 
 def computed_apart(fn: Callable[..., _T], *operands: Any) -> _T:
-    """`fn(*operands)`, compiled as if alone: equal functions of equal shapes share their kernels."""
+    """`fn(*operands)`, compiled as if alone: equal functions of equal shapes share kernels."""
     if not any(isinstance(a, Tracer) for a in jax.tree.leaves(operands)):
         return fn(*operands)
     # Numbers that the compiler can see would be put into the function, and make it another one.

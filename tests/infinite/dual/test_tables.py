@@ -62,3 +62,31 @@ def test_longer_deviations_take_the_series():
     inside, outside = (dual(0.5 * v[i : i + 1], v[i : i + 1], v[i : i + 1]) for i in (0, 1))
     np.testing.assert_allclose(inside.nngp, outside.nngp, rtol=2e-3)
     np.testing.assert_allclose(inside.d_nngp, outside.d_nngp, rtol=5e-3)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        pytest.param(make, id=name)
+        for name, make in {
+            "Tanh": stax.Tanh,
+            "Elu": stax.Elu,
+            "HardTanh": stax.HardTanh,
+            "relu6": lambda: stax.Elementwise(jax.nn.relu6),
+            "no table": lambda: stax.Elementwise(lambda x: jnp.tanh(40 * x)),
+        }.items()
+    ],
+)
+@pytest.mark.parametrize("largest", [2.0, 6.0, 50.0])
+def test_variances_are_duals_of_equal_inputs(layer, largest):
+    """By the short table, by the long one, and beyond both."""
+    kernel = layer().node.kernel
+    v = jnp.asarray(np.r_[0.0, 1e-6, np.geomspace(1e-3, largest, 9)], jnp.float32)
+
+    def pairs(v):
+        return kernel.dual({}, v, v, v, jnp.zeros_like(v)).nngp
+
+    own, change = jax.jit(lambda v: jax.jvp(lambda v: kernel.diagonal({}, v), (v,), (v,)))(v)
+    want, change_of_pairs = jax.jit(lambda v: jax.jvp(pairs, (v,), (v,)))(v)
+    np.testing.assert_allclose(own, want, rtol=3e-7)
+    np.testing.assert_allclose(change, change_of_pairs, rtol=2e-5, atol=1e-7)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,19 +25,20 @@ class ByTables:
     """A function by tables.
 
     tables: of growing reach, at least one. far: the series whose high terms are sampled, if there
-    is one. series: `(cov12, var1, var2, side1, side2, gap12=None, longest=False)` to `(nngp,
-    d_nngp)`, and longest: are all of its terms to be taken. square: `var -> E[phi^2]`.
+    is one. levels: deviations up to which a series has derivatives, and its numbers of terms, of
+    which it chooses; beyond, `far`. series: `(terms, cov12, var1, var2, side1, side2, gap12=None)`
+    to `(nngp, d_nngp)`; without terms all of them. square: `var -> E[phi^2]`.
     """
 
     tables: tuple[Table, ...]
     far: Sampled | None
+    levels: tuple[tuple[float, tuple[int, ...]], ...]
     series: Callable[..., tuple[Array, Array]]
     square: Callable[[Array], Array]
 
     def level(self, side1: Array, side2: Array) -> Array:
         """Which table reaches; their number: none does."""
-        largest = largest_of(side1, side2)
-        return sum(((largest > t.reach**2).astype(jnp.int32) for t in self.tables), jnp.int32(0))
+        return _how_many([t.reach for t in self.tables], largest_of(side1, side2))
 
     def prepare(self, *sides: Array) -> Prepared:
         """What belongs to one side each, by the table that serves all."""
@@ -53,6 +55,11 @@ def _features(table: Table, side: Array) -> Array:
 def _sampled(found: Sampled, cov12: Array, side1: Array, side2: Array, gap: Array | None) -> Sums:
     near, slope, scales = sampled.sums(found, cov12, side1, side2, gap)
     return Sums(made_together(near, slope), scales)
+
+
+def _how_many(reaches: Sequence[float], largest: Array) -> Array:
+    """Of the deviations are exceeded by the largest variance."""
+    return sum(((largest > r * r).astype(jnp.int32) for r in reaches), jnp.int32(0))
 
 
 def largest_of(side1: Array, side2: Array) -> Array:
@@ -82,7 +89,7 @@ def dual(of: ByTables, prepared: Prepared | None, cov12, var1, var2, side1, side
         size = jnp.abs(cov12) if signed else cov12
         if of.far is not None:
             return computed_apart(functools.partial(_sampled, of.far), size, side1, side2, gap)
-        value, slope = of.series(size, var1, var2, side1, side2, gap, longest=True)
+        value, slope = of.series((), size, var1, var2, side1, side2, gap)
         scales = safe_sqrt(of.square(side1)), safe_sqrt(of.square(side2))
         return Sums(made_together(scales[0] * scales[1] - value, slope), scales)
 
@@ -104,8 +111,8 @@ def _dual_jvp(of, primals, tangents):
     prepared, *primals = primals
     tangents = tangents[1:]
 
-    def near(cov12, var1, var2, side1, side2, *gap12):
-        nngp, slope = of.series(cov12, var1, var2, side1, side2, *gap12)
+    def near(terms, cov12, var1, var2, side1, side2, *gap12):
+        nngp, slope = of.series(terms, cov12, var1, var2, side1, side2, *gap12)
         if not gap12:
             return nngp, slope
         return nngp, slope, norm(of.square(side1), of.square(side2)) - jnp.abs(nngp)
@@ -119,11 +126,11 @@ def _dual_jvp(of, primals, tangents):
 
     primals = tuple(primals)
     out = dual(of, prepared, *primals)
-    if of.far is None:
-        return out, change(near, primals, tangents)
-    reached = largest_of(*primals[3:5]) <= of.tables[-1].reach ** 2
-    branches = (functools.partial(change, values) for values in (near, beyond))
-    return out, jax.lax.cond(reached, *branches, primals, tangents)
+    reaches = [reach for reach, _ in of.levels if reach < math.inf]
+    forms = [functools.partial(near, terms) for _, terms in of.levels]
+    branches = [functools.partial(change, values) for values in (*forms, beyond)]
+    level = _how_many(reaches, largest_of(*primals[3:5]))
+    return out, jax.lax.switch(level, branches[: len(reaches) + 1], primals, tangents)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

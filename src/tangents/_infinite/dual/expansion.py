@@ -71,6 +71,7 @@ Phi = Callable[[Any, Array], Array]
 
 _TERMS = {4: (16, 32, 64, 160, 640), 8: (64, 256, 1024)}  # by bytes of a number
 _REACH = {4: 7.0, 8: 10.0}  # of the quadrature, in standard deviations
+_OF_DERIVATIVES = 160, 640  # terms in single precision: each of these numbers is compiled
 _OF_QUADRATICS = 4  # terms of a quadratic polynomial: 0, 1, 2
 _TOGETHER = 4.0  # deviation over the nearest place, at most, for `Together` in single precision
 _SMALL = {4: 1e-5, 8: 1e-13}  # share of the last quarter of the series that does not matter
@@ -143,10 +144,11 @@ def _smooth_values(phi: Phi, hyper: Any, kinks: Sequence[Kink], x: Array) -> tup
     """Values of phi and phi' at x without their jumps at places other than 0."""
     value, slope = phi(hyper, x), _derivative(phi, hyper)(x)
     zero = jnp.zeros((), x.dtype)
-    for place, (jump, bend, curve, _) in kinks:
+    for kink in kinks:
+        place, (jump, bend, curve, _) = kink
         if place == 0.0:
             continue
-        turn = turn_of(kinks, place)
+        turn = turn_of(kinks, kink)
         beyond = jnp.maximum(turn * (x - place), zero)
         side = (turn * (x - place) > 0).astype(x.dtype)
         arch = turn * curve * (beyond * beyond / 2)
@@ -182,13 +184,14 @@ def _flat_coefficients(phi, hyper, kinks, parity, terms, var) -> _Side:
     kink_a, kink_b, bend0 = jnp.zeros_like(a), jnp.zeros_like(a), None
     away = jnp.maximum(sigma, float(np.sqrt(jnp.finfo(var.dtype).tiny)) ** 0.5)
     third, joint = third_at_zero(kinks), isinstance(kinks, Together)
-    for place, (jump, bend, curve, _) in kinks:
-        turn = turn_of(kinks, place)
+    for kink in kinks:
+        place, (jump, bend, curve, _) = kink
+        turn = turn_of(kinks, kink)
         h = turn * place / away if place else jnp.zeros((1,), var.dtype)
         turns = jnp.asarray(turn ** np.arange(terms), var.dtype)[:, None]
         power = functools.cache(lambda m, h=h, turns=turns: turns * power_coefficients(h, m, terms))
         if place != 0.0 and not is_none(jump):
-            a = a + jump * power(0)
+            a = a + jump * power(0) if turn > 0 else (a - jump * power(0)).at[0].add(jump)
         parts = []
         if not is_none(bend):
             parts.append((bend * away * power(1), turn * bend * power(0)))
@@ -370,6 +373,14 @@ def expand(
             return None
         return ks[0].jumps[1:] if ks else (0.0, 0.0, 0.0)
 
+    def reach_of(number: int, itemsize: int) -> float:
+        """The deviation up to which so many terms of the series are enough."""
+        sd = np.geomspace(0.1, 10, 61)
+        with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+            side = _coefficients(phi, {}, tuple(kinks({})), parity, number, jnp.asarray(sd**2))
+            rough = np.asarray(_rough(side, parity, number) > _SMALL[itemsize])
+        return float(np.min(sd[rough], initial=sd[-1]))
+
     @functools.cache
     def table() -> by_tables.ByTables | None:
         """Of a function smooth apart from 0, whose tables hold it."""
@@ -379,11 +390,16 @@ def expand(
             return None
         far = sampling.sampled(lambda x: phi({}, x), jumps)
 
-        def of_series(cov12, *others, longest=False):
-            levels = levels_of(cov12, False)
-            return series({}, False, levels[-1:] if longest else levels, cov12, *others)
+        every = levels_of(jnp.zeros((), jnp.float32), False)
 
-        return by_tables.ByTables(found, far, of_series, square)
+        def of_series(levels, cov12, *others):
+            return series({}, False, levels or every[-1:], cov12, *others)
+
+        if far is None or len(every) == 1:
+            levels: tuple[Any, ...] = ((math.inf, every),)
+        else:
+            levels = tuple((reach_of(n, 4), (n,)) for n in _OF_DERIVATIVES)
+        return by_tables.ByTables(found, far, levels, of_series, square)
 
     @functools.cache
     def in_samples() -> tuple[float, Sampled] | None:
@@ -397,11 +413,7 @@ def expand(
         found = sampling.sampled(lambda x: phi({}, x), jumps, sampling.DOUBLE)
         if found is None or kinks({}):
             return None if found is None else (0.0, found)
-        sd, number = np.geomspace(0.1, 10, 61), _TERMS[8][-2]
-        with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-            side = _coefficients(phi, {}, (), parity, number, jnp.asarray(sd**2))
-            rough = np.asarray(_rough(side, parity, number) > _SMALL[8])
-        return float(np.min(sd[rough], initial=sd[-1])), found
+        return reach_of(_TERMS[8][-2], 8), found
 
     def in_double(args: tuple[Array, Array, Array, Array, Array], gap12) -> Dual:
         """Without hyperparameters."""

@@ -26,7 +26,6 @@ from tangents._infinite.dual import arc_cosine
 from tangents._infinite.dual.angle import norm, reciprocal, safe_sqrt, sine_squared
 from tangents._infinite.dual.orthant import (
     density,
-    mirrored,
     moments,
     ramps_and_steps,
     upper_tail,
@@ -72,12 +71,14 @@ def third_at_zero(kinks: Sequence[Kink]) -> Any:
     return bends[0].jumps[3]
 
 
-def turn_of(kinks: Sequence[Kink], place: float) -> int:
+def turn_of(kinks: Sequence[Kink], kink: Kink) -> int:
     """Is a ramp taken from its place upwards, or -1: downwards?
 
-    Outwards there is little of it; but in a line and ramps (`line_part`) all go upwards.
+    Outwards there is little of it: of small deviations nothing that cancels. Squared in a series it
+    cancels at large ones, and less so if all go upwards.
     """
-    return -1 if place < 0 and isinstance(kinks, Together) else 1
+    outwards = is_none(kink.jumps[2]) or isinstance(kinks, Together)
+    return -1 if kink.place < 0 and outwards else 1
 
 
 # ---- closed forms --------------------------------------------------------------------------------
@@ -99,27 +100,25 @@ def closed_part(kinks: Sequence[Kink], cov12, var1, var2, side1, side2, gap12) -
     away1, away2 = (jnp.maximum(safe_sqrt(v), tiny) for v in (side1, side2))
 
     @functools.cache
-    def products(b: float, c: float) -> tuple[Array, Array]:
-        """Of ramps and steps of standard normal numbers, for thresholds b and c."""
-        if b < 0 or (b == 0 and c < 0):
-            h, k = -b / away1, -c / away2
-            return mirrored(products(-b, -c), rho, h, k)
-        return ramps_and_steps(rho, sine, b / away1, c / away2)
+    def products(turns: int, h: float, k: float) -> tuple[Array, Array]:
+        """Of ramps of standard normal numbers from h and k on, and of their slopes."""
+        ramps, steps = ramps_and_steps(turns * rho, sine, h / away1, k / away2)
+        return ramps, turns * steps
 
     if isinstance(kinks, Together):
         return _arches(kinks, (rho, sine), (away1, away2), pair)
-    bends = [(k.place, k.jumps[1]) for k in kinks if not is_none(k.jumps[1])]
-    for b, jump1 in bends:
-        for c, jump2 in bends:
+    bends = [(k.place, turn_of(kinks, k), k.jumps[1]) for k in kinks if not is_none(k.jumps[1])]
+    for b, turn1, jump1 in bends:
+        for c, turn2, jump2 in bends:
             if b == c == 0.0:
                 ramps, steps = (arc_cosine._half_moment(m, pair) for m in (1, 0))
             else:
-                ramps, steps = products(b, c)
+                ramps, steps = products(turn1 * turn2, turn1 * b, turn2 * c)
                 ramps = away1 * away2 * ramps
             value, slope = value + jump1 * jump2 * ramps, slope + jump1 * jump2 * steps
     third = third_at_zero(kinks)
     if third is not None:
-        both, own = bends[0][1] * third / 2 * (var1 + var2), third * third
+        both, own = bends[0][-1] * third / 2 * (var1 + var2), third * third
         ramps, steps = (arc_cosine._half_moment(m, pair) for m in (1, 0))
         value = value + both * (ramps - s * sine**3 / (6 * math.pi))
         value = value + own / 36 * arc_cosine._half_moment(3, pair)
@@ -140,10 +139,13 @@ def _arches(kinks: Sequence[Kink], legs, sds, pair) -> tuple[Any, Any]:
     """
     sd1, sd2 = sds
     value, slope = jnp.zeros_like(legs[0]), jnp.zeros_like(legs[0])
-    both = [k for k in kinks if not (is_none(k.jumps[1]) and is_none(k.jumps[2]))]
-    for b, (_, bend1, curve1, _) in both:
-        for c, (_, bend2, curve2, _) in both:
-            turn1, turn2 = turn_of(kinks, b), turn_of(kinks, c)
+    both = [
+        (k.place, turn_of(kinks, k), *k.jumps[1:3])
+        for k in kinks
+        if not (is_none(k.jumps[1]) and is_none(k.jumps[2]))
+    ]
+    for b, turn1, bend1, curve1 in both:
+        for c, turn2, bend2, curve2 in both:
             here = turn1 * turn2 * legs[0], legs[1]
             h, k = (abs(p) / sd + 0 * legs[0] for p, sd in ((b, sd1), (c, sd2)))
             if b == c == 0.0:
@@ -166,11 +168,13 @@ def line_part(line: tuple[float, float], kinks: Sequence[Kink], cov12, side1, si
     constant, linear = line
     tiny = float(np.sqrt(jnp.finfo(cov12.dtype).tiny)) ** 0.5
     value, slope = constant**2 + linear**2 * cov12, jnp.full_like(cov12, linear**2)
-    for place, (_, bend, _, _) in kinks:
+    for kink in kinks:
+        turn, bend = turn_of(kinks, kink), kink.jumps[1]
+        away = turn * kink.place
         for side in (side1, side2):
             sd = jnp.maximum(safe_sqrt(side), tiny)
-            tail = upper_tail(place / sd)
-            ramp = sd * density(place / sd) - place * tail  # E[(x - place)_+]
-            value = value + bend * (constant * ramp + linear * cov12 * tail)
-            slope = slope + bend * linear * tail
+            tail = upper_tail(away / sd)
+            ramp = sd * density(away / sd) - away * tail  # E[(turn x - away)_+]
+            value = value + bend * (constant * ramp + turn * linear * cov12 * tail)
+            slope = slope + turn * bend * linear * tail
     return value, slope

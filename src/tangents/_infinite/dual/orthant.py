@@ -115,17 +115,6 @@ def _ramps_and_steps_jvp(primals, tangents):
     return (ramp, step), (d_ramp, d_step)
 
 
-def mirrored(
-    products: tuple[Array, Array], cosine: Array, h: Array, k: Array
-) -> tuple[Array, Array]:
-    """F(-h, -k) and L(-h, -k) from those of (h, k): (h - z)_+ = (h - z) + (z - h)_+."""
-    ramp, step = products
-    above_h, above_k = upper_tail(h), upper_tail(k)
-    mean_h, mean_k = density(h) - h * above_h, density(k) - k * above_k  # E[(z - h)_+]
-    ramp = ramp + h * k + h * mean_k + k * mean_h + cosine * (1 - above_h - above_k)
-    return ramp, step + (1 - above_h - above_k)
-
-
 class Moments(NamedTuple):
     """M_ij of the head of this file."""
 

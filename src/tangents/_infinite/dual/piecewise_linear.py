@@ -62,9 +62,8 @@ class PiecewiseLinear(NamedTuple):
 
     @property
     def line(self) -> tuple[float, float]:
-        """Constant and linear coefficient of what is left without ramps (x - place)_+."""
-        inwards = sum(p * low for p, low in zip(self.places, self.lower, strict=True))
-        return self.constant - inwards, self.below - sum(self.lower)
+        """Constant and linear coefficient of what is left without ramps outwards."""
+        return self.constant, self.below
 
     @property
     def odd(self) -> bool:
@@ -446,7 +445,8 @@ def dual(fn: PiecewiseLinear, exact: Callable, prepared, cov12, var1, var2, side
 
     def far(prepared, cov12, var1, var2, side1, side2, gap):
         value, slope, scales, gap = exact(cov12, var1, var2, side1, side2, gap)
-        size = jnp.where(cov12 < 0, -value, value) if fn.signed else value
+        # Where it is small its rounding may have another sign.
+        size = jnp.maximum(jnp.where(cov12 < 0, -value, value), 0) if fn.signed else value
         near = scales[0] * scales[1] - size
         near = near if gap is None else jnp.where(size < 0, near, gap)
         return Sums(made_together(near, slope), scales)

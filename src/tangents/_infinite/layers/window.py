@@ -60,8 +60,8 @@ def windows(
     for k, n in zip(filter_shape, sizes, strict=True):
         if padding == Padding.VALID and 0 <= n < k:
             raise ValueError(
-                f"a window of {tuple(filter_shape)} does not fit into {tuple(sizes)} positions with "
-                "padding='VALID': take a smaller window, larger inputs or padding='SAME'"
+                f"a window of {tuple(filter_shape)} does not fit into {tuple(sizes)} positions "
+                "with padding='VALID': take a smaller window, larger inputs or padding='SAME'"
             )
     kind = Padding.VALID if padding == Padding.VALID else Padding.SAME
     pads = lax.padtype_to_pads(tuple(sizes), tuple(filter_shape), tuple(strides), kind.name)
