@@ -64,6 +64,34 @@ def test_longer_deviations_take_the_series():
     np.testing.assert_allclose(inside.d_nngp, outside.d_nngp, rtol=5e-3)
 
 
+@pytest.mark.parametrize("name", ["Tanh", "Elu"])
+def test_derivatives_at_any_deviation(name):
+    """By either length of the series and by sampled orders, against differences in float64."""
+    node = getattr(stax, name)().node
+    lines = np.array([[-0.6, 0.2, 0.9], [0.5, 0.8, 1.0]])  # cosines, ratios of the deviations
+
+    def pair(lines, sd, shift):
+        """Along a line, on which covariance and variances all change."""
+        sd1, sd2 = sd * jnp.exp(shift), lines[1] * sd * jnp.exp(0.3 * shift)
+        cosine = lines[0] + 0.3 * shift
+        return node.kernel.dual({}, cosine * sd1 * sd2, sd1 * sd1, sd2 * sd2)[:2]
+
+    @jax.jit
+    def change(*at):
+        zero = tuple(jnp.zeros_like(a) for a in at[:2])
+        return jax.jvp(pair, at, (*zero, jnp.ones_like(at[2])))[1]
+
+    exact, step = jax.jit(pair), 1e-4
+    for sd in (0.8, 2.0, 3.5, 7.0, 30.0):
+        got = change(*(jnp.asarray(a, jnp.float32) for a in (lines, sd, np.zeros(3))))
+        with jax.enable_x64(True):
+            after, before = (exact(lines, sd, x * np.ones(3)) for x in (step, -step))
+        for k in (0, 1):
+            want = np.asarray(after[k] - before[k]) / (2 * step)
+            error = np.abs(np.asarray(got[k], np.float64) - want)
+            np.testing.assert_array_less(error, 2e-5 * np.max(np.abs(want)))
+
+
 @pytest.mark.parametrize(
     "layer",
     [
