@@ -32,7 +32,7 @@ class ByTables:
 
     tables: tuple[Table, ...]
     far: Sampled | None
-    levels: tuple[tuple[float, tuple[int, ...]], ...]
+    levels: Callable[[], tuple[tuple[float, tuple[int, ...]], ...]]
     series: Callable[..., tuple[Array, Array]]
     square: Callable[[Array], Array]
 
@@ -126,8 +126,9 @@ def _dual_jvp(of, primals, tangents):
 
     primals = tuple(primals)
     out = dual(of, prepared, *primals)
-    reaches = [reach for reach, _ in of.levels if reach < math.inf]
-    forms = [functools.partial(near, terms) for _, terms in of.levels]
+    levels = of.levels()
+    reaches = [reach for reach, _ in levels if reach < math.inf]
+    forms = [functools.partial(near, terms) for _, terms in levels]
     branches = [functools.partial(change, values) for values in (*forms, beyond)]
     level = _how_many(reaches, largest_of(*primals[3:5]))
     return out, jax.lax.switch(level, branches[: len(reaches) + 1], primals, tangents)

@@ -376,9 +376,14 @@ def expand(
     def reach_of(number: int, itemsize: int) -> float:
         """The deviation up to which so many terms of the series are enough."""
         sd = np.geomspace(0.1, 10, 61)
+
+        @jax.jit
+        def rough_at(var):
+            side = _coefficients(phi, {}, tuple(kinks({})), parity, number, var)
+            return _rough(side, parity, number)
+
         with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-            side = _coefficients(phi, {}, tuple(kinks({})), parity, number, jnp.asarray(sd**2))
-            rough = np.asarray(_rough(side, parity, number) > _SMALL[itemsize])
+            rough = np.asarray(rough_at(jnp.asarray(sd**2)) > _SMALL[itemsize])
         return float(np.min(sd[rough], initial=sd[-1]))
 
     @functools.cache
@@ -395,10 +400,12 @@ def expand(
         def of_series(levels, cov12, *others):
             return series({}, False, levels or every[-1:], cov12, *others)
 
-        if far is None or len(every) == 1:
-            levels: tuple[Any, ...] = ((math.inf, every),)
-        else:
-            levels = tuple((reach_of(n, 4), (n,)) for n in _OF_DERIVATIVES)
+        @functools.cache
+        def levels():
+            if far is None or len(every) == 1:
+                return ((math.inf, every),)
+            return tuple((reach_of(n, 4), (n,)) for n in _OF_DERIVATIVES)
+
         return by_tables.ByTables(found, far, levels, of_series, square)
 
     @functools.cache

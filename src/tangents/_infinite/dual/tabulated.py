@@ -150,17 +150,20 @@ def _panels(theta: float) -> tuple[np.ndarray, np.ndarray]:
     return ((ends[:-1, None] + half) + half * y).ravel(), (half * w).ravel()
 
 
-def _expectations(evaluate: Callable, thetas: np.ndarray, sd: np.ndarray) -> list[np.ndarray]:
+def _expectations(
+    evaluate: Callable, thetas: np.ndarray, sd: np.ndarray, derivatives: tuple[int, ...] = (0, 1)
+) -> list[np.ndarray]:
     """`E[g(sd_i x) g(sd_j y)]`, (angles, i, j), for g = phi, phi'; x and y at an angle."""
     y, w = np.polynomial.legendre.leggauss(_RADII)
     r = (y + 1) * _REACH / 2
     w = w * _REACH / 2 * r * np.exp(-r * r / 2) / (2 * np.pi)
-    out: list[list[np.ndarray]] = [[], []]
+    out: list[list[np.ndarray]] = [[] for _ in derivatives]
     for theta in thetas:
         angle, weight = _panels(float(theta))
         weights = w[:, None] * weight
         x = r[:, None] * np.cos(angle + theta / 2)
-        for results, g in zip(out, evaluate(sd[:, None, None] * x), strict=True):
+        values = evaluate(sd[:, None, None] * x)
+        for results, g in zip(out, (values[k] for k in derivatives), strict=True):
             # The other side is the mirror image, so the function is evaluated once.
             panels = g.reshape(len(sd), _RADII, 4, _PANEL)[:, :, [2, 1, 0, 3], ::-1]
             one, two = (a.reshape(len(sd), -1) for a in (g * weights, panels))
@@ -239,7 +242,7 @@ def _table(evaluate: Callable, reach: float, shape: Shape) -> Table:
     points, sd = _deviations(reach)
     x = np.cos(np.pi * (np.arange(_ANGLES) + 0.5) / _ANGLES)
     equal, equal_slope = (e[0] for e in _expectations(evaluate, np.zeros(1), sd))
-    _, slopes = _expectations(evaluate, _angles_of(shape, x), sd)
+    (slopes,) = _expectations(evaluate, _angles_of(shape, x), sd, (1,))
     own_slope = np.sqrt(np.diagonal(equal_slope))
     outside = np.where(own_slope > 0, own_slope, 1)
     power = _power(sd, own_slope)
