@@ -312,8 +312,8 @@ def test_gradient_in_hyperparameters(x64):
 def test_kernels_are_symmetric_and_positive_semidefinite(x64):
     x = jax.random.normal(jax.random.key(2), (12, 5))
     for K in network(stax.Tanh())[2](x, None, ("nngp", "ntk")):
-        # Entries close to zero are as exact as the others, not as their own size.
-        np.testing.assert_allclose(K, K.T, rtol=0, atol=(1e-13 if x64 else 2e-7) * np.abs(K).max())
+        # Each is a difference of numbers up to twice the largest variance, rounded on either side.
+        np.testing.assert_allclose(K, K.T, rtol=0, atol=(1e-13 if x64 else 3e-7) * np.abs(K).max())
         assert np.linalg.eigvalsh(K).min() > -(1e-13 if x64 else 1e-6) * np.linalg.norm(K, 2)
 
 
