@@ -157,3 +157,41 @@ def test_tangent_kernel_of_any_function_by_quadrature(x64):
     got = stax.serial(*layers)[2](jnp.asarray(x, float), None, ("nngp", "ntk"))
     np.testing.assert_allclose(got.nngp, K, rtol=1e-9 if x64 else 1e-5)
     np.testing.assert_allclose(got.ntk, T, rtol=1e-9 if x64 else 1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(0, None), (0, 2), (2, 0), (0, 0)])
+@pytest.mark.parametrize("name", ["dense", "pooling"])
+def test_batches_without_examples(name, sizes):
+    nets = {
+        "dense": ((4,), stax.serial(stax.Dense(1), stax.Elu(), stax.Dense(1))),
+        "pooling": (
+            (4, 4, 2),
+            stax.serial(stax.Conv(1, (3, 3)), stax.Relu(), stax.AvgPool((2, 2)), stax.Flatten()),
+        ),
+    }
+    shape, (_, _, kernel_fn) = nets[name]
+    x1, x2 = (None if n is None else jnp.ones((n, *shape)) for n in sizes)
+    rows, columns = sizes[0], sizes[0] if x2 is None else sizes[1]
+    for call in (kernel_fn, jax.jit(kernel_fn, static_argnums=2)):
+        found = call(x1, x2, ("nngp", "ntk"))
+        assert found.nngp.shape == found.ntk.shape == (rows, columns)
+    kernel = kernel_fn(x1, x2)
+    assert kernel.shape1[0] == rows and kernel.shape2[0] == columns
+    assert kernel.cov1.shape[0] == rows
+    assert (kernel.cov2 is None) == (x2 is None)
+
+
+def test_masked_arrays_are_inputs():
+    """As inputs with a mask constant."""
+    layers = stax.Conv(1, (3,), padding="SAME", b_std=0.1), stax.Relu(), stax.GlobalAvgPool()
+    _, _, kernel_fn = stax.serial(*layers, stax.Dense(1))
+    x = np.random.default_rng(0).normal(size=(3, 8, 2))
+    mask = np.zeros((3, 8, 1), bool)
+    mask[0, 5:] = mask[2, 3:] = True
+    want = kernel_fn(jnp.where(mask, jnp.nan, x), None, "ntk", mask_constant=np.nan)
+    filled = jnp.where(mask, 7.0, x)
+    one, two = stax.MaskedArray(filled, mask), stax.MaskedArray(filled[1:], mask[1:])
+    np.testing.assert_allclose(kernel_fn(one, None, "ntk"), want, rtol=1e-5)
+    np.testing.assert_allclose(kernel_fn(one, two, "ntk"), want[:, 1:], rtol=1e-5)
+    with pytest.raises(ValueError, match="batch and a channel axis"):
+        kernel_fn(stax.MaskedArray(jnp.ones(3)), None, "ntk")

@@ -19,7 +19,7 @@ from jax.core import Tracer
 from tangents._core import precision
 from tangents._infinite.execute import State
 from tangents._infinite.input_gap import with_gap
-from tangents._infinite.masking import is_masked_array, zero_fill
+from tangents._infinite.masking import MaskedArray, zero_fill
 from tangents._infinite.tile import Layout, Need, Signal, Tile
 
 TOKENS = "tokens"
@@ -28,12 +28,14 @@ TOKENS = "tokens"
 
 def check_inputs(x: Any, name: str) -> Any:
     """Arrays of at least two axes, in canonical floating point; integers stay for tokens."""
-    if isinstance(x, (list, tuple)) and not is_masked_array(x):
+    if isinstance(x, (list, tuple)):
         return [check_inputs(u, name) for u in x]
+    if isinstance(x, MaskedArray):
+        return x.replace(masked_value=check_inputs(x.masked_value, name))
     if not isinstance(x, (jax.Array, np.ndarray)):
         raise TypeError(
-            f"kernel_fn: {name} must be an array, a (nested) list of arrays or a Kernel, and is "
-            f"of type {type(x).__name__}"
+            f"kernel_fn: {name} must be an array, a MaskedArray, a (nested) list of them or a "
+            f"Kernel, and is of type {type(x).__name__}"
         )
     if x.ndim < 2:
         raise ValueError(

@@ -237,7 +237,19 @@ class KernelFn:
         state = run(node, to_state(kernel), need, _pattern_pair(pattern), _extra(kwargs, pattern))
         return from_state(state, leaf.x1_is_x2, want_ntk)
 
-    def _from_inputs(self, plan: Plan, x1, x2, pattern, mask_constant, memory, progress, kwargs):
+    def _from_inputs(self, plan: Plan, x1, x2, pattern, *others):
+        n1, n2 = batch_sizes(plan, x1, x1 if x2 is None else x2)
+        if (n1 and n2) or plan.side_pairs:
+            return self._from_examples(plan, x1, x2, pattern, *others)
+        # What there is none of is computed of one example, and cut.
+        stand1 = _one_for_none(x1, plan.axes)
+        stand2 = None if x2 is None else _one_for_none(x2, plan.axes)
+        if pattern is not None:
+            pattern = tuple(None if p is None else _one_for_none(p, (0,)) for p in pattern)
+        result = self._from_examples(plan, stand1, stand2, pattern, *others)
+        return _without_second_side(_first_of(result, n1, n2), x2 is None)
+
+    def _from_examples(self, plan: Plan, x1, x2, pattern, mask_constant, memory, progress, kwargs):
         check_batch_axes(plan)
         patterns = _pattern_pair(pattern)
         equal = same_inputs(x1, x2)
@@ -365,6 +377,26 @@ def _take(x: Any, mask: Any, pattern: Any, index: Any, axes: Any) -> tuple[Any, 
 
     pattern = None if pattern is None else jnp.take(pattern, index, axis=0)
     return each(x, axes), each(mask, axes), pattern
+
+
+def _one_for_none(x: Any, axes: Any) -> Any:
+    """An input, with an example of zeros if it has none."""
+    if isinstance(x, list):
+        return [_one_for_none(u, a) for u, a in zip(x, axes, strict=True)]
+
+    def pad(u):
+        widths = [(0, 0)] * u.ndim
+        widths[axes[0]] = (0, 0 if u.shape[axes[0]] else 1)
+        return jnp.pad(u, widths)
+
+    return jax.tree.map(pad, x)
+
+
+def _first_of(kernel: Any, n1: int, n2: int) -> Any:
+    """The kernel of so many examples."""
+    if isinstance(kernel, list):
+        return [_first_of(k, n1, n2) for k in kernel]
+    return kernel.slice(slice(n1), slice(n2))
 
 
 def _set_x1_is_x2(kernel: Any, value: Any) -> Any:
