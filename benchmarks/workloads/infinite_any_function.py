@@ -19,6 +19,7 @@ def _function(name: str):
 
     functions = {"tanh": jnp.tanh, "arctan": jnp.arctan, "relu6": jax.nn.relu6}
     functions["clip"] = lambda x: jnp.clip(x, -0.5, 2)
+    functions["hard_swish"] = jax.nn.hard_swish
     return functions[name]
 
 
@@ -60,10 +61,11 @@ def any_function(name: str, peer: str | None, n: int) -> Workload:
     )
 
 
-_NAMES = ("tanh", "arctan", "softplus", "silu", "mish", "elu", "selu", "hardtanh", "relu6", "clip")
+_NAMES = ("tanh", "arctan", "softplus", "silu", "mish", "elu", "selu")
+_BENT = ("hardtanh", "relu6", "clip", "hard_swish")
 
 WORKLOADS = [
     any_function("tanh", "neural-tangents", 500),
     any_function("arctan", "neural-tangents", 500),
-    *(any_function(name, None, 2500) for name in _NAMES),
+    *(any_function(name, None, 2500) for name in _NAMES + _BENT),
 ]

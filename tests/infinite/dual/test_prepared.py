@@ -72,7 +72,7 @@ def calls(monkeypatch):
         found.append(len(sides))
         return prepared.prepare(forms, level, sides)
 
-    for module in ("by_tables", "piecewise_linear"):
+    for module in ("by_tables", "by_corners"):
         monkeypatch.setattr(f"tangents._infinite.dual.{module}.prepare", counted)
     return found
 

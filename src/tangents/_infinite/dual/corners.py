@@ -28,13 +28,18 @@ polynomials in
 whose coefficients belong to one side; negative angles follow from u(phi) + u(-phi) = Q(h),
 y(phi) + y(-phi) = Q(h) - g(h) / h and w(-phi) = w(phi). So a corner takes an exponential and four
 short polynomials. Nothing is singular at rho = 1.
+
+Other moments follow from L and F by the recurrence of `orthant.py`, which reads the probability
+that one of both is above its kink where the other is at its own, g(h) Q(p), p = (k - rho h) / s.
+With R^2 = h^2 + p^2 it is the exponential of the corner times Q(p) / g(p), of p >= 0 one more
+polynomial, that of all kinks.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +54,7 @@ _LEAST = 0.15  # least standard deviation: below, exp(-R^2 / 2) < 1e-9
 _POINTS = 24  # Chebyshev points of the deviation
 _FIT = 128  # points of x
 _WEIGHT = 1e-3  # of the error where exp(-R^2 / 2) vanishes
+_MILLS_AT, _MILLS_DEGREE = 0.4, 9  # to 2e-8
 
 # Added to a number below 2^22, it leaves an integer in the last digits.
 _TO_INTEGER = 1.5 * 2**23
@@ -173,7 +179,17 @@ def side(fit: Fit, place: float, sd: Array, flat: bool) -> Side:
     return Side(sd, u, y, w[0] if flat else u[:0], tail, tail - density(h) / h)
 
 
-def _polynomial(coefficients: Array, x: Array) -> Array:
+@functools.cache
+def _mills() -> tuple[float, ...]:
+    """Powers of x whose sum times x is Q(p) exp(p^2 / 2), x = 1 / (1 + _MILLS_AT p)."""
+    nodes = (np.cos(np.pi * (np.arange(_FIT) + 0.5) / _FIT) + 1) / 2
+    p = (1 / nodes - 1) / _MILLS_AT
+    values = np.sum(_beyond(p)[1], 1) / math.sqrt(2 * math.pi) / nodes
+    fitted = chebyshev.Chebyshev.fit(nodes, values, _MILLS_DEGREE, domain=[0, 1])
+    return tuple(map(float, fitted.convert(kind=np.polynomial.Polynomial).coef))
+
+
+def _polynomial(coefficients: Any, x: Array) -> Array:
     total = coefficients[-1]
     for m in reversed(range(len(coefficients) - 1)):
         total = total * x + coefficients[m]
@@ -213,13 +229,22 @@ class Corner(NamedTuple):
     ramp: Array
 
 
+def _legs(
+    places: tuple[float, float], one: Side, two: Side, angle: Angle
+) -> tuple[tuple[Array, Array], Array]:
+    """Over sd_i R sd1 sd2 s the first are sin(phi_i); the second over (sd1 sd2 s)^2 is R^2.
+
+    cos(phi_i) is a place times `angle.root`, over the same.
+    """
+    a, b = places
+    apart = a * (one.sd - two.sd) if a == b else b * one.sd - a * two.sd
+    legs = one.sd * apart + a * angle.dist, b * angle.dist - two.sd * apart
+    return legs, apart * apart + (2 * a * b) * angle.dist
+
+
 def corner(places: tuple[float, float], one: Side, two: Side, angle: Angle) -> Corner:
     """Of kinks at two places > 0, one for either side."""
-    a, b = places
-    apart = b * one.sd - a * two.sd
-    # Over sd_i R sd1 sd2 s these are sin(phi_i), and root times a place is cos(phi_i).
-    legs = one.sd * apart + a * angle.dist, b * angle.dist - two.sd * apart
-    squared = apart * apart + (2 * a * b) * angle.dist
+    legs, squared = _legs(places, one, two, angle)
     distance, factor = jnp.sqrt(squared), _exponential(squared * angle.half_rate)
     steps, ramps = [], []
     for place, side_, leg in zip(places, (one, two), legs, strict=True):
@@ -229,7 +254,45 @@ def corner(places: tuple[float, float], one: Side, two: Side, angle: Angle) -> C
         u, y = factor * _polynomial(side_.u, x), factor * _polynomial(side_.y, x)
         steps.append(u if angle.acute else jnp.where(leg < 0, side_.all_u - u, u))
         ramps.append(y if angle.acute else jnp.where(leg < 0, side_.all_y - y, y))
-    return Corner(steps[0] + steps[1], (a * b) * (ramps[0] + ramps[1]))
+    return Corner(steps[0] + steps[1], (places[0] * places[1]) * (ramps[0] + ramps[1]))
+
+
+class Moments(NamedTuple):
+    """sd1^i sd2^j E[(z1 - h)_+^i (z2 - k)_+^j]."""
+
+    m00: Array
+    m01: Array
+    m10: Array
+    m11: Array
+    m12: Array
+    m21: Array
+    m22: Array
+
+
+def moments(places: tuple[float, float], one: Side, two: Side, angle: Angle, cov: Array) -> Moments:
+    """Of kinks at two places > 0, as `corner`; cov: with its sign turned where -rho is meant."""
+    a, b = places
+    found = corner(places, one, two, angle)
+    legs, squared = _legs(places, one, two, angle)
+    factor = _exponential(squared * angle.half_rate) * (1 / math.sqrt(2 * math.pi))
+    cuts, tails = [], []
+    for place, side_, leg in zip(places, (one, two), legs, strict=True):
+        size = leg if angle.acute else jnp.abs(leg)
+        across = side_.sd * angle.root
+        x = across / (across + _MILLS_AT * size)
+        cut = factor * x * _polynomial(_mills(), x)
+        if not angle.acute:
+            cut = jnp.where(leg < 0, density(place / side_.sd) - cut, cut)
+        cuts.append(cut)
+        both = factor * (angle.root / (side_.sd * math.sqrt(2 * math.pi)))
+        tails.append(both - leg / (side_.sd * side_.sd) * cut)
+    v1, v2 = one.sd * one.sd, two.sd * two.sd
+    m00, m11 = found.step, cov * found.step + found.ramp
+    m10 = one.sd * cuts[0] + cov / two.sd * cuts[1] - a * m00
+    m01 = two.sd * cuts[1] + cov / one.sd * cuts[0] - b * m00
+    m02 = v2 * m00 - b * m01 + cov / one.sd * tails[0]
+    m12, m21 = v2 * m10 - b * m11 + cov * m01, v1 * m01 - a * m11 + cov * m10
+    return Moments(m00, m01, m10, m11, m12, m21, v1 * m02 - a * m12 + 2 * cov * m11)
 
 
 def flat_corner(

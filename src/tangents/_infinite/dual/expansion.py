@@ -41,9 +41,11 @@ import numpy as np
 from tangents._core import precision
 from tangents._core.typing import Array
 from tangents._infinite.dual import (
+    by_corners,
     by_tables,
     close,
     piecewise_linear,
+    piecewise_quadratic,
     power_series,
     sampled,
     sampling,
@@ -293,7 +295,9 @@ def expand(
         if not tabulated:
             return False
         tolerance = piecewise_linear.STRAIGHT[itemsize]
-        return piecewise_linear.is_piecewise_quadratic(lambda x: phi({}, x), kinks({}), tolerance)
+        return piecewise_quadratic.is_piecewise_quadratic(
+            lambda x: phi({}, x), kinks({}), tolerance
+        )
 
     @functools.cache
     def form(itemsize: int) -> piecewise_linear.PiecewiseLinear | None:
@@ -302,6 +306,14 @@ def expand(
             return None
         tolerance = piecewise_linear.STRAIGHT[itemsize]
         return piecewise_linear.form_of(lambda x: phi({}, x), kinks({}), tolerance)
+
+    @functools.cache
+    def cornered() -> by_corners.Form | None:
+        """Phi by corners, if it is piecewise linear or quadratic."""
+        if form(4) is not None or not tabulated:
+            return form(4)
+        tolerance = piecewise_linear.STRAIGHT[4]
+        return piecewise_quadratic.form_of(lambda x: phi({}, x), kinks({}), tolerance)
 
     slope_parity = None if parity is None else 1 - parity
     square = functools.partial(_square, phi)
@@ -446,26 +458,31 @@ def expand(
         reached = by_tables.largest_of(*args[3:]) <= reach**2
         return jax.lax.cond(reached, near, far, args, gap12)
 
-    def in_single(args: tuple[Array, Array, Array, Array, Array], gap12) -> Dual:
-        """Without hyperparameters or a table."""
+    def beyond_together(cov12, var1, var2, side1, side2, gap12=None) -> tuple[Any, ...]:
+        """As `with_gap`, for deviations beyond `_TOGETHER`, of many terms."""
+        ends = form(4) is not None or (is_quadratic(4) and not curved(kinks({})))
+        levels = None if ends or terms is not None else _OF_DERIVATIVES
+        args = cov12, var1, var2, side1, side2
+        return with_gap({}, *args, gap12, levels=levels, together=False)
 
-        def summed(args, gap12, together=False):
-            value, slope, _, gap = with_gap({}, *args, gap12=gap12, together=together)
-            return Dual(value, slope, gap)
-
-        if not is_quadratic(args[0].dtype.itemsize) or not curved(kinks({})):
-            return summed(args, gap12)
+    def in_single(cov12, var1, var2, side1, side2, gap12=None) -> tuple[Any, ...]:
+        """As `with_gap`, without hyperparameters or a table."""
+        args = cov12, var1, var2, side1, side2
+        if not is_quadratic(cov12.dtype.itemsize) or not curved(kinks({})):
+            return with_gap({}, *args, gap12)
         nearest = min(abs(k.place) for k in kinks({}) if k.place != 0.0)
-        reached = by_tables.largest_of(*args[3:]) <= (_TOGETHER * nearest) ** 2
-        near = functools.partial(summed, together=True)
-        return jax.lax.cond(reached, near, summed, args, gap12)
+        reached = by_tables.largest_of(side1, side2) <= (_TOGETHER * nearest) ** 2
+        near = functools.partial(with_gap, {}, together=True)
+        return jax.lax.cond(reached, near, beyond_together, *args, gap12)
+
+    exact = by_corners.Exact(beyond_together, in_single)
 
     def prepare(*sides: Array) -> Prepared | None:
         if not is_single(sides[0]):
             return None
-        straight = form(4) if sides[0].dtype == jnp.float32 else None
-        if straight is not None:
-            return piecewise_linear.prepare_sides(straight, *sides)
+        found = cornered() if sides[0].dtype == jnp.float32 else None
+        if found is not None:
+            return by_corners.prepare_sides(found, *sides)
         found = table()
         return None if found is None else found.prepare(*sides)
 
@@ -474,15 +491,15 @@ def expand(
     ) -> Dual:
         args = (cov12, var1, var2, side1, side2)
         extra = () if gap12 is None else (gap12,)
-        straight = form(4) if cov12.dtype == jnp.float32 else None
-        if straight is not None:
-            exact = functools.partial(with_gap, {})
-            return Dual(*piecewise_linear.dual(straight, exact, prepared, *args, *extra))
+        found = cornered() if cov12.dtype == jnp.float32 else None
+        if found is not None:
+            return Dual(*by_corners.dual(found, exact, prepared, *args, *extra))
         found = table() if tabulated and is_single(cov12) else None
         if tabulated and not is_single(cov12):
             return in_double(args, gap12)
         if found is None and is_single(cov12) and tabulated and terms is None:
-            return in_single(args, gap12)
+            value, slope, _, gap = in_single(*args, gap12)
+            return Dual(value, slope, gap)
         if found is None:
             value, slope, _, gap = with_gap(hyper, *args, gap12)
             return Dual(value, slope, gap)
@@ -492,9 +509,9 @@ def expand(
         return from_sides(hyper, cov12, var1, var2, var1, var2, gap12)
 
     def diagonal(hyper, var):
-        straight = form(4) if var.dtype == jnp.float32 else None
-        if straight is not None:
-            return piecewise_linear.diagonal(straight, functools.partial(with_gap, {}), var)
+        found = cornered() if var.dtype == jnp.float32 else None
+        if found is not None:
+            return by_corners.diagonal(found, exact, var)
         found = table() if tabulated and is_single(var) else None
         if found is not None:
             return by_tables.diagonal(found, var)

@@ -17,26 +17,32 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from tangents._core.typing import Array
-from tangents._infinite.barrier import made_once, made_together, taken_apart
+from tangents._infinite.barrier import made_together
 from tangents._infinite.dual import close, corners
 from tangents._infinite.dual.angle import safe_sqrt
+from tangents._infinite.dual.by_corners import (
+    NO_LESS,
+    Pair,
+    Sums,
+    angles_of,
+    kinks_of,
+    pair_of,
+    pairs_of,
+    unit,
+)
 from tangents._infinite.dual.orthant import density, upper_tail
-from tangents._infinite.dual.prepared import Prepared, pack, prepare, unpack
+from tangents._infinite.dual.prepared import pack, unpack
+from tangents._infinite.dual.remainder import ROUNDING, Kinks, polynomial
 from tangents._infinite.dual.single_precision import folded_angle, segment
 
 STRAIGHT = {4: 2e-7, 8: 1e-12}  # tolerances by bytes of a number
-_ROUNDING = 1e-12  # of the largest value of a function
-_FAR = 1e5  # where lines are looked at, in units of where kinks are
-_NO_LESS = 1e-4  # deviations that count as no smaller, in units of a place
-_EQUAL = 1e-22  # gap of equal inputs, in units of a place squared
 _ROOT_2PI = math.sqrt(2 * math.pi)
 
 
@@ -84,76 +90,47 @@ class PiecewiseLinear(NamedTuple):
         places = tuple(scale * p for p in self.places)
         return self._replace(constant=scale * self.constant, places=places)
 
+    def features(self, fit: corners.Fit, var: Array) -> Array:
+        """What pairs need of one side, `(numbers, *var.shape)`."""
+        return pack(_side_of(self, fit, var), var.shape)
+
+    def size(self, fit: corners.Fit, var: Array) -> Array:
+        """E[phi^2]^(1/2)."""
+        return _side_of(self, fit, var).ends.size / unit(self.places)
+
+    def sums(
+        self, fit: corners.Fit, both: Any, cov12: Array, side1: Array, side2: Array, gap12: Any
+    ) -> Sums:
+        """In single precision, for deviations up to `fit.reach` times the least place.
+
+        both: `features` of both sides.
+        """
+        return _sums(self, fit, both, cov12, side1, side2, gap12)
+
 
 # ---- which functions -----------------------------------------------------------------------------
 
 
-def form_of(
-    fn: Callable[[Any], Any],
-    kinks: Sequence[tuple[float, Sequence[float]]],
-    tolerance: float,
-) -> PiecewiseLinear | None:
+def form_of(fn: Callable[[Any], Any], kinks: Kinks, tolerance: float) -> PiecewiseLinear | None:
     """`fn` in the form of this file, if there is nothing else to it.
 
-    kinks: (place, (jump of fn, of fn', of fn'', of fn''')). tolerance: of the largest value.
+    tolerance: of the largest value.
     """
     if not kinks or any(jumps[0] or jumps[2] or jumps[3] for _, jumps in kinks):
         return None
-    found, size = _rest(fn, kinks, tolerance, 1)
+    found = polynomial(fn, kinks, tolerance, 1)
     if found is None:
         return None
-    constant, linear = (float(c) if abs(c) > _ROUNDING * size else 0.0 for c in found)
+    constant, linear = found
     bend = sum(float(jumps[1]) for place, jumps in kinks if place == 0)
     above = linear + bend
     places = sorted({abs(float(place)) for place, _ in kinks if place != 0})
     jump_at = {float(place): float(jumps[1]) for place, jumps in kinks}
     upper = tuple(jump_at.get(p, 0.0) for p in places)
     lower = tuple(jump_at.get(-p, 0.0) for p in places)
-    if abs(above) <= _ROUNDING * max(abs(linear), abs(bend)):
+    if abs(above) <= ROUNDING * max(abs(linear), abs(bend)):
         above = 0.0
     return PiecewiseLinear(constant, linear, above, tuple(places), upper, lower)
-
-
-def is_piecewise_quadratic(
-    fn: Callable[[Any], Any],
-    kinks: Sequence[tuple[float, Sequence[float]]],
-    tolerance: float,
-) -> bool:
-    """Is `fn` a quadratic polynomial between kinks? Arguments as in `form_of`."""
-    if not kinks or any(jumps[0] or jumps[3] for _, jumps in kinks):
-        return False
-    return _rest(fn, kinks, tolerance, 2)[0] is not None
-
-
-def _rest(
-    fn: Callable[[Any], Any],
-    kinks: Sequence[tuple[float, Sequence[float]]],
-    tolerance: float,
-    degree: int,
-) -> tuple[np.ndarray | None, float]:
-    """The polynomial that is left without kinks, if it is one, and the largest value nearby."""
-    near = 4 * max(1.0, *(abs(place) for place, _ in kinks))
-    far = np.geomspace(near, _FAR * near, 64)
-    x = np.concatenate([np.linspace(-near, near, 4097), far, -far])
-    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        y = np.asarray(jax.jit(fn)(jnp.asarray(x)), np.float64)
-    if not np.all(np.isfinite(y)):
-        return None, 0.0
-    ramps = [(_ramp(x, place), place, jumps) for place, jumps in kinks]
-    parts = [jumps[1] * ramp for ramp, _, jumps in ramps]
-    # A ramp inwards differs by a line, and with another sign its square by a polynomial.
-    parts += [(-1 if place < 0 else 1) * jumps[2] / 2 * r**2 for r, place, jumps in ramps]
-    rest = y - sum(parts)
-    found = np.polynomial.polynomial.polyfit(x[:4097], rest[:4097], degree)
-    error = np.abs(rest - np.polynomial.polynomial.polyval(x, found))
-    size = float(np.max(np.abs(y[:4097])))
-    sizes = np.max(np.abs(np.stack([y, *parts])), 0) if degree > 1 else np.abs(y)
-    return (found, size) if np.all(error <= tolerance * np.maximum(size, sizes)) else (None, size)
-
-
-def _ramp(x: np.ndarray, place: float) -> np.ndarray:
-    """With a kink at `place`, outwards of 0."""
-    return np.maximum(-x + place, 0) if place < 0 else np.maximum(x - place, 0)
 
 
 # ---- one side ------------------------------------------------------------------------------------
@@ -176,15 +153,7 @@ class _Side(NamedTuple):
 
 
 def _pairs(fn: PiecewiseLinear) -> list[tuple[int, int, float, float]]:
-    """(a, b, factor of the corner of rho, factor of the corner of -rho)."""
-    index = range(len(fn.places))
-    found = []
-    for a in index:
-        for b in index:
-            same = fn.upper[a] * fn.upper[b] + fn.lower[a] * fn.lower[b]
-            other = fn.upper[a] * fn.lower[b] + fn.lower[a] * fn.upper[b]
-            found.append((a, b, same, other))
-    return found
+    return pairs_of(fn.upper, fn.lower)
 
 
 def _ends(fn: PiecewiseLinear, sd: Array) -> tuple[Array, Array, close.Ends]:
@@ -195,7 +164,7 @@ def _ends(fn: PiecewiseLinear, sd: Array) -> tuple[Array, Array, close.Ends]:
     d_half = fn.constant * mu + fn.mean * sd  # half of the derivative of k^2
     weighted = jnp.full_like(sd, fn.mean)  # E[phi'^2 z^2]
     slope, moving, cube = weighted, jnp.zeros_like(sd), jnp.zeros_like(sd)
-    away = jnp.maximum(sd, _NO_LESS * min(fn.places, default=0.0))
+    away = jnp.maximum(sd, NO_LESS * min(fn.places, default=0.0))
     h = [p / away for p in fn.places]
     tails, at = [upper_tail(x) for x in h], [density(x) for x in h]
     for p, x, up, low, tail, g in zip(fn.places, h, fn.upper, fn.lower, tails, at, strict=True):
@@ -227,25 +196,21 @@ def _side(fn: PiecewiseLinear, fit: corners.Fit, sd: Array) -> _Side:
         zero = jnp.zeros_like(sd)
         return _Side(sd, (), zero, zero, *_ends(fn, sd))
     slope = value = jnp.zeros_like(sd)
-    away = jnp.maximum(sd, _NO_LESS * min(fn.places))
+    away = jnp.maximum(sd, NO_LESS * min(fn.places))
     for p, up, low in zip(fn.places, fn.upper, fn.lower, strict=True):
         tail, g = upper_tail(p / away), density(p / away)
         slope = slope + (fn.below * (up - low) - fn.bend * low) * tail
         value = value + fn.constant * (up + low) * (sd * g - p * tail)
-    reach = fit.reach * min(fn.places)
-    fits = [corners.fit_for(reach / p) for p in fn.places]  # places further out take shorter ones
-    pairs = zip(fits, fn.places, strict=True)
-    kinks = tuple(corners.side(own, p, away, bool(fn.bend)) for own, p in pairs)
+    kinks = kinks_of(fit, fn.places, away, bool(fn.bend))
     return _Side(sd, kinks, slope, value, *_ends(fn, sd))
 
 
+def _side_of(fn: PiecewiseLinear, fit: corners.Fit, var: Array) -> _Side:
+    scale = unit(fn.places)
+    return _side(fn.of_scale(scale), fit, jnp.sqrt(var * (scale * scale)))
+
+
 # ---- pairs ---------------------------------------------------------------------------------------
-
-
-class _Pair(NamedTuple):
-    cov12: Array
-    product: Array
-    gap12: Array
 
 
 class _Parts(NamedTuple):
@@ -256,7 +221,7 @@ class _Parts(NamedTuple):
     gap: Array
 
 
-def _base(fn: PiecewiseLinear, one: _Side, two: _Side, pair: _Pair) -> _Parts:
+def _base(fn: PiecewiseLinear, one: _Side, two: _Side, pair: Pair) -> _Parts:
     cov, product, gap12 = pair
     negative = cov < 0
     if fn.bend:
@@ -282,19 +247,13 @@ def _base(fn: PiecewiseLinear, one: _Side, two: _Side, pair: _Pair) -> _Parts:
     return _Parts(value, slope, gap)
 
 
-def _ramps(fn: PiecewiseLinear, one: _Side, two: _Side, pair: _Pair) -> _Parts:
+def _ramps(fn: PiecewiseLinear, one: _Side, two: _Side, pair: Pair) -> _Parts:
     """What ramps add to E[phi phi] and E[phi' phi'], of |rho| if `signed`; no gap."""
     cov = pair.cov12
     negative, size = cov < 0, jnp.abs(cov)
-    # Deviations that count as larger than they are further apart: zero is uncorrelated.
-    product = one.kinks[0].sd * two.kinks[0].sd
-    gap12 = jnp.maximum(pair.gap12 + (product - pair.product), _EQUAL * min(fn.places) ** 2)
-    root = jnp.sqrt(gap12 * (2 * product - gap12))
-    half_rate = -0.5 / (root * root)
-    nearer = corners.Angle(gap12, root, half_rate)
-    farther = corners.Angle(2 * product - gap12, root, half_rate, acute=True)
-    signed = corners.Angle(jnp.where(negative, farther.dist, gap12), root, half_rate)
-    turned = corners.Angle(jnp.where(negative, gap12, farther.dist), root, half_rate)
+    away = one.kinks[0].sd, two.kinks[0].sd
+    product = away[0] * away[1]
+    nearer, farther, signed, turned = angles_of(pair, (one.sd, two.sd), away, min(fn.places))
     slope, ramp = one.slope + two.slope, jnp.zeros_like(cov)
     for a, b, same, other in _pairs(fn):
         places, kinks = (fn.places[a], fn.places[b]), (one.kinks[a], two.kinks[b])
@@ -319,7 +278,7 @@ def _ramps(fn: PiecewiseLinear, one: _Side, two: _Side, pair: _Pair) -> _Parts:
             fn.places, fn.upper, fn.lower, one.kinks, two.kinks, strict=True
         ):
             factor = fn.bend * (up + low)
-            for kink, sd in zip(kinks, (two.kinks[0].sd, one.kinks[0].sd), strict=True):
+            for kink, sd in zip(kinks, reversed(away), strict=True):
                 found = corners.flat_corner(place, kink, sd, cov, product, nearer)
                 slope = slope + factor * found.step
                 ramp = ramp + (factor * pair.product) * found.ramp
@@ -329,35 +288,7 @@ def _ramps(fn: PiecewiseLinear, one: _Side, two: _Side, pair: _Pair) -> _Parts:
     return _Parts(jnp.where(negative, -value, value) if fn.signed else value, slope, ramp)
 
 
-# ---- the dual ------------------------------------------------------------------------------------
-
-
-class Sums(NamedTuple):
-    """What is summed of pairs.
-
-    pair: k1 k2 - nngp (of odd functions - |nngp|) and d_nngp, by `made_together`.
-    """
-
-    pair: Any
-    scales: tuple[Array, Array]
-
-
-def _scale(fn: PiecewiseLinear) -> float:
-    """In units of which the least place is about 1: a power of two, which is exact."""
-    return 2.0 ** -round(math.log2(min(fn.places, default=1.0)))
-
-
-def _side_of(fn: PiecewiseLinear, fit: corners.Fit, var: Array) -> _Side:
-    scale = _scale(fn)
-    return _side(fn.of_scale(scale), fit, jnp.sqrt(var * (scale * scale)))
-
-
-def features(fn: PiecewiseLinear, fit: corners.Fit, var: Array) -> Array:
-    """What pairs need of one side, `(numbers, *var.shape)`."""
-    return pack(_side_of(fn, fit, var), var.shape)
-
-
-def sums(
+def _sums(
     fn: PiecewiseLinear,
     fit: corners.Fit,
     both: Any,
@@ -366,22 +297,11 @@ def sums(
     side2: Array,
     gap12: Any,
 ) -> Sums:
-    """In single precision, for deviations up to `fit.reach` times the least place.
-
-    both: `features` of both sides.
-    """
     of_side = functools.partial(_side_of, fn, fit)
     one, two = (unpack(a, jax.eval_shape(of_side, side)) for a, side in zip(both, (side1, side2)))
-    scale = _scale(fn)
-    fn, square = fn.of_scale(scale), scale * scale
-    cov, product = cov12 * square, one.sd * two.sd
-    if gap12 is None:
-        var1, var2, size = side1 * square, side2 * square, jnp.abs(cov)
-        det = var1 * (var2 - size) + size * (var1 - size)
-        gap = jnp.maximum(det, 0) / jnp.where(product > 0, product + size, 1)
-    else:
-        gap = jnp.clip(gap12 * square, 0, product)
-    pair = _Pair(cov, product, gap)
+    scale = unit(fn.places)
+    fn = fn.of_scale(scale)
+    pair = pair_of(scale, (one.sd, two.sd), cov12, side1, side2, gap12)
     base = _base(fn, one, two, pair)
     near, slope = base.gap, base.slope
     if fn.places:
@@ -389,7 +309,7 @@ def sums(
         slope = slope + more.slope
         near = _near(fn, one, two, pair, base, more)
     scales = one.ends.size / scale, two.ends.size / scale
-    return Sums(made_together(near / square, slope), scales)
+    return Sums(made_together(near / (scale * scale), slope), scales)
 
 
 def _near(fn: PiecewiseLinear, one: _Side, two: _Side, pair: _Pair, base: _Parts, more: _Parts):
@@ -406,100 +326,3 @@ def _near(fn: PiecewiseLinear, one: _Side, two: _Side, pair: _Pair, base: _Parts
     closer = close.are_close(apart, pair.product, near, size)
     closer = closer if fn.odd else closer & ~turned
     return jnp.maximum(jnp.where(closer, least, near), 0)
-
-
-def _fits(fn: PiecewiseLinear) -> tuple[corners.Fit, corners.Fit]:
-    return corners.fits(min(fn.places, default=math.inf))
-
-
-def _level(fn: PiecewiseLinear, side1: Array, side2: Array) -> Array:
-    """Which of `_fits` reaches; their number: none does."""
-    largest = jnp.maximum(jnp.max(side1, initial=0), jnp.max(side2, initial=0))
-    reaches = [(fit.reach * min(fn.places, default=math.inf)) ** 2 for fit in _fits(fn)]
-    return sum(((largest > r).astype(jnp.int32) for r in reaches), start=jnp.int32(0))
-
-
-def prepare_sides(fn: PiecewiseLinear, *sides: Array) -> Prepared:
-    """What belongs to one side each."""
-    forms = [functools.partial(features, fn, fit) for fit in _fits(fn)]
-    return prepare(forms, _level(fn, sides[0], sides[-1]), sides)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def dual(fn: PiecewiseLinear, exact: Callable, prepared, cov12, var1, var2, side1, side2, *gap12):
-    """Nngp, d_nngp and, if given, the gap, in single precision.
-
-    exact: `(cov12, var1, var2, side1, side2, gap12) -> (nngp, d_nngp, (k1, k2), gap)` for
-      deviations beyond all `_fits`. Derivatives are its.
-    prepared: of both sides, by `prepare_sides`, or None.
-    """
-    gap = gap12[0] if gap12 else None
-
-    def near(fit, prepared, cov12, var1, var2, side1, side2, gap):
-        if prepared is None:
-            found = tuple(features(fn, fit, side) for side in (side1, side2))
-            found = made_once(found, (side1.shape, side2.shape), cov12)
-        else:
-            found = prepared.sides
-        return sums(fn, fit, found, cov12, side1, side2, gap)
-
-    def far(prepared, cov12, var1, var2, side1, side2, gap):
-        value, slope, scales, gap = exact(cov12, var1, var2, side1, side2, gap)
-        # Where it is small its rounding may have another sign.
-        size = jnp.maximum(jnp.where(cov12 < 0, -value, value), 0) if fn.signed else value
-        near = scales[0] * scales[1] - size
-        near = near if gap is None else jnp.where(size < 0, near, gap)
-        return Sums(made_together(near, slope), scales)
-
-    args = prepared, cov12, var1, var2, side1, side2, gap
-    branches = [functools.partial(near, fit) for fit in _fits(fn)]
-    if fn.places:
-        level = _level(fn, side1, side2) if prepared is None else prepared.level
-        pair, scales = jax.lax.switch(level, [*branches, far], *args)
-    else:
-        pair, scales = branches[0](*args)
-    near_, slope = taken_apart(pair)
-    scale = scales[0] * scales[1]
-    size = scale - near_
-    gap_ = jnp.where(size < 0, scale + size, near_)
-    nngp = jnp.where(cov12 < 0, -size, size) if fn.signed else size
-    return (nngp, slope, gap_) if gap12 else (nngp, slope)
-
-
-@dual.defjvp
-def _dual_jvp(fn, exact, primals, tangents):
-    prepared, *primals = primals
-
-    def values(cov12, var1, var2, side1, side2, *gap12):
-        gap = gap12[0] if gap12 else None
-        nngp, slope, _, gap = exact(cov12, var1, var2, side1, side2, gap)
-        return (nngp, slope, gap) if gap12 else (nngp, slope)
-
-    change = jax.jvp(values, tuple(primals), tuple(tangents[1:]))[1]
-    return dual(fn, exact, prepared, *primals), change
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def diagonal(fn: PiecewiseLinear, exact: Callable, var: Array) -> Array:
-    """E[phi(u)^2], in value what `dual` gives for equal inputs."""
-
-    def near(fit, var):
-        return _side_of(fn, fit, var).ends.size / _scale(fn)
-
-    def far(var):
-        return exact(var, var, var, var, var, None)[2][0]
-
-    branches = [functools.partial(near, fit) for fit in _fits(fn)]
-    if not fn.places:
-        scale = branches[0](var)
-    else:
-        scale = jax.lax.switch(_level(fn, var, var), [*branches, far], var)
-    return scale * scale
-
-
-@diagonal.defjvp
-def _diagonal_jvp(fn, exact, primals, tangents):
-    def value(var):
-        return exact(var, var, var, var, var, None)[0]
-
-    return diagonal(fn, exact, *primals), jax.jvp(value, primals, tangents)[1]
