@@ -1,6 +1,7 @@
 """Precision of a test run: TANGENTS_TEST_X64=1 (default) or 0; promotion is strict in both."""
 
 import os
+from pathlib import Path
 
 import jax
 import pytest
@@ -25,6 +26,18 @@ def pytest_configure(config):
     # infinite/test_contract.py.
     config.addinivalue_line("filterwarnings", "ignore:FanIn layers assume")
     config.addinivalue_line("filterwarnings", "ignore:GlobalSelfAttention. with linear_scaling")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Compiled programs are let go before the compiler has no memory maps left (65530), and crashes.
+
+    All slow tests in one process take more.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture
