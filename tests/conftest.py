@@ -30,7 +30,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
-    """Compiled programs are let go before the compiler has no memory maps left (65530), and crashes.
+    """Compiled programs are let go before the process runs out of memory maps (65530) and crashes.
 
     All slow tests in one process take more.
     """
